@@ -1,0 +1,1 @@
+"""What AugCon's stage scripts share, a file a concept."""

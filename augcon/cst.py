@@ -1,0 +1,225 @@
+"""The Context-Split-Tree (paper section 3.2, Algorithm 1): trees of queries, and pairs for the scorer."""
+
+import asyncio
+import dataclasses
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Literal, TypeVar
+
+from augcon.corpus import RootContext
+from augcon.diversity import DiverseQueries, rouge_l_precision
+from augcon.llm import Refused, Reply, Request, map_in_order
+from augcon.prompts import Prompts
+from augcon.replies import Unparseable, parse_question, parse_split
+from augcon.text import length, words
+
+Parsed = TypeVar("Parsed")
+Ask = Callable[[Request], Awaitable[Reply]]
+Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
+OUTCOMES: tuple[Outcome, ...] = ("done", "too short", "not parseable", "hallucinated", "failed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """A node of a tree and its fate.
+
+    ``path`` leads to it from the root context: "" is the root itself, "12" the second half of the first.
+    ``query`` is None where the context was not asked (too short) or no query could be had (not
+    parseable, failed). "done": the query is kept, and the halves were visited or are no shorter than
+    their context. "hallucinated": the query is kept, the halves are not. ``detail`` gives the reason.
+    """
+
+    root: int
+    path: str
+    pass_number: int
+    context: str
+    query: str | None
+    outcome: Outcome
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TreeRules:
+    """When to ask, when to ask again and when to stop; see the settings of the same names."""
+
+    min_length: int = 20
+    rouge_threshold: float = 0.7
+    temperature: float = 0.85
+    max_tokens: int = 1024
+    tries: int = 4
+    oversample: float = 1.15
+    max_passes: int = 6
+    pattern_length: int | None = None  # longest root context, where the server is held to the reply's form
+
+
+# A tree must stay linear in its text even if a model returns two halves that are each nearly the whole. So
+# each node has a share of its root's length: halves divide it by their lengths, and a half never takes more
+# than nine tenths. Honest halves keep a share near their length; a share used up counts as too short.
+_LARGEST_HALF = 0.9
+_SMALLEST_SHARE = 0.25  # of min_length
+
+
+async def grow_tree(
+    ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
+) -> list[Node]:
+    """Grows one tree over a root context, both halves of every node at once; nodes in order of their paths.
+
+    ``pass_number`` draws fresh samples. Raises what ``ask`` raises, save Refused, which ends a node.
+    """
+
+    async def visit(context: str, cut: list[str], path: str, share: float) -> list[Node]:
+        def node(outcome: Outcome, query: str | None = None, detail: str = "") -> Node:
+            return Node(root.root, path, pass_number, context, query, outcome, detail)
+
+        if length(context) < rules.min_length or share < _SMALLEST_SHARE * rules.min_length:
+            return [node("too short")]
+        try:
+            query, halves = await _query_and_split(ask, prompts, context, rules, pass_number)
+        except Unparseable as error:
+            return [node("not parseable", detail=str(error))]
+        except Refused as error:
+            return [node("failed", detail=str(error))]
+        sizes = [length(half) for half in halves]
+        if max(sizes) >= length(context):
+            return [node("done", query, "not shorter")]
+        cuts = [words(half) for half in halves]
+        if min(rouge_l_precision(half, cut) for half in cuts) < rules.rouge_threshold:
+            return [node("hallucinated", query)]
+        shares = [share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
+        first, second = await asyncio.gather(
+            *(visit(half, cuts[i], f"{path}{i + 1}", shares[i]) for i, half in enumerate(halves))
+        )
+        return [node("done", query), *first, *second]
+
+    context = root.text.strip()
+    return await visit(context, words(context), "", float(length(context)))
+
+
+async def _query_and_split(
+    ask: Ask, prompts: Prompts, context: str, rules: TreeRules, pass_number: int
+) -> tuple[str, tuple[str, str]]:
+    pattern = prompts.cst_pattern(rules.pattern_length) if rules.pattern_length else None
+    request = Request(
+        prompts.cst_messages(context),
+        rules.temperature,
+        rules.max_tokens,
+        sample=pass_number * rules.tries,
+        text_end=prompts.end_of_reply(),
+        pattern=pattern,
+    )
+    return await _parsed(ask, request, rules.tries, lambda text: parse_split(text, prompts))
+
+
+async def _parsed(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Parsed:
+    """What ``parse`` makes of the reply, asked again for a fresh sample while that is nothing."""
+    reason = Unparseable("never asked")
+    for attempt in range(tries):
+        reply = await ask(dataclasses.replace(request, sample=request.sample + attempt))
+        try:
+            if not reply.complete:
+                raise Unparseable("cut off")
+            return parse(reply.text)
+        except Unparseable as error:
+            reason = error
+    raise reason
+
+
+@dataclasses.dataclass(frozen=True)
+class RootResult:
+    """All trees over one root context. ``diverse`` counts its mutually diverse queries."""
+
+    root: RootContext
+    nodes: list[Node]
+    passes: int
+    diverse: int
+
+    @property
+    def shortfall(self) -> str:
+        """Why the root context does not have its quota of mutually diverse queries; empty when it has."""
+        if self.diverse >= self.root.quota:
+            return ""
+        outcomes = Counter(node.outcome for node in self.nodes if node.query is None)
+        if any(node.query for node in self.nodes):
+            return f"{self.diverse} of {self.root.quota} diverse queries after {self.passes} passes"
+        return ", ".join(outcomes) if outcomes else "nothing to ask"
+
+
+async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, first_pass: int = 0) -> RootResult:
+    """Grows trees until they hold ``oversample`` quotas of mutually diverse queries, or ``max_passes``."""
+    diverse = DiverseQueries(rules.rouge_threshold)
+    nodes: list[Node] = []
+    passes = kept = 0
+    while passes < rules.max_passes and kept < rules.oversample * root.quota:
+        tree = await grow_tree(ask, prompts, root, rules, first_pass + passes)
+        passes += 1
+        nodes += tree
+        kept = diverse.offer_all(node.query for node in tree if node.query)
+        if tree[0].outcome in {"too short", "failed"}:
+            break  # another pass would meet the same
+    return RootResult(root, nodes, passes, kept)
+
+
+# Pairs for the scorer (paper section 3.3)
+
+NEGATIVES: dict[str, dict[str, Any]] = {
+    "weak instruction": {"weak": True},
+    "one example": {"examples": 1},
+    "both": {"weak": True, "examples": 1},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ScorerPair:
+    """A query of a tree and a worse one for the same context; ``type`` says how the worse one was made."""
+
+    root: int
+    context: str
+    pos_query: str
+    neg_query: str
+    type: str
+
+
+async def scorer_pairs(
+    ask: Ask,
+    prompts_of: Callable[[int], Prompts],
+    positives: list[tuple[int, str, str]],
+    per_type: int,
+    rules: TreeRules,
+    seed: int,
+    window: int,
+) -> AsyncIterator[ScorerPair | str]:
+    """Pairs each of some queries with a query for the same context from a weaker prompt.
+
+    ``positives`` are (root, context, query). Each type of negative has a third of them to draw from, in
+    random order, until it has ``per_type`` pairs. Yields pairs and, where a query made none, the reason.
+    """
+    order = random.Random(seed).sample(positives, len(positives))
+    third = len(order) // len(NEGATIVES)
+    for number, kind in enumerate(NEGATIVES):
+
+        async def pair(positive: tuple[int, str, str], kind: str = kind) -> ScorerPair | str:
+            root, context, query = positive
+            try:
+                negative = await _worse_query(ask, prompts_of(root), context, kind, rules)
+            except (Unparseable, Refused) as error:
+                return str(error)
+            if "".join(negative.split()) == "".join(query.split()):
+                return "equal to the good one"
+            return ScorerPair(root, context, query, negative, kind)
+
+        reserve, made = order[number * third : (number + 1) * third], 0
+        while reserve and made < per_type:
+            batch, reserve = reserve[: per_type - made], reserve[per_type - made :]
+            async for outcome in map_in_order(pair, batch, window):
+                made += isinstance(outcome, ScorerPair)
+                yield outcome
+
+
+async def _worse_query(ask: Ask, prompts: Prompts, context: str, kind: str, rules: TreeRules) -> str:
+    """A query from a weaker prompt; generation stops where the halves would begin."""
+    messages = prompts.cst_messages(context, **NEGATIVES[kind])
+    pattern = rules.pattern_length and prompts.question_pattern()
+    end = prompts.end_of_question()
+    request = Request(messages, rules.temperature, rules.max_tokens, end=end, pattern=pattern or None)
+    return await _parsed(ask, request, rules.tries, lambda text: parse_question(text, prompts))

@@ -1,0 +1,33 @@
+"""Errors that a user can mend: one line that says what, which value, and what to do."""
+
+import functools
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """The run cannot go on and the message tells the user why and what to do; no traceback is needed."""
+
+
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """The text of any exception, folded to one line of at most ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def stage(main: Callable[[], None]) -> Callable[[], None]:
+    """Makes a script's ``main`` end with one line and a non-zero status on what a user can mend."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except UserError as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            sys.exit(130)
+        except BrokenPipeError:
+            sys.exit(141)
+
+    return run

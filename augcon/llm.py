@@ -1,0 +1,346 @@
+"""One async call to the LLM: limit, deadline, retries, outages, usage; and many calls in order.
+
+Every reply goes through the store, so that a call made once is never made again.
+"""
+
+import asyncio
+import dataclasses
+import datetime
+import email.utils
+import hashlib
+import itertools
+import json
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from typing import Any, TypeVar
+
+import openai
+import stamina
+
+from augcon.errors import UserError, one_line
+from augcon.prompts import Message, as_text
+from augcon.store import Store
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+STRIKES = 6  # failures of one request, others succeeding meanwhile, before it is given up
+stamina.instrumentation.set_on_retry_hooks([])  # retries are counted here, not logged one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked: messages, sampling parameters, and ``sample``, the number of this draw of them.
+
+    ``end`` are stop strings, ``text_end`` further ones for the completions endpoint, where a model would
+    go on with a turn of its own. ``pattern`` is a regular expression that the server holds the reply to.
+    """
+
+    messages: list[Message]
+    temperature: float
+    max_tokens: int
+    sample: int = 0
+    end: tuple[str, ...] = ()
+    text_end: tuple[str, ...] = ()
+    pattern: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What came back. ``complete`` is false when the server cut it off (``finish_reason`` "length")."""
+
+    text: str
+    complete: bool
+
+
+class Refused(Exception):
+    """The server will never answer this one request; the message says why. Other requests go on."""
+
+
+@dataclasses.dataclass
+class Server:
+    """Where and how to ask; see the settings of the same names."""
+
+    api_base: str
+    api_key: str = "EMPTY"
+    completions: bool = False
+    max_in_flight: int = 256
+    request_timeout: float = 300.0
+    server_wait: float = 600.0
+    seed: int = 0
+
+
+class LLM:
+    """A model on an OpenAI-compatible server, as an async function from Request to Reply.
+
+    Use as an async context manager. ``counts`` says what happened: calls, replayed, retries, tokens.
+    """
+
+    def __init__(self, server: Server, store: Store) -> None:
+        self.server = server
+        self.model = ""
+        self.served: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self.in_flight = 0
+        self._store = store
+        self._slots = asyncio.Semaphore(server.max_in_flight)
+        self._pending: dict[bytes, asyncio.Future[Reply]] = {}
+        self._trouble_since: float | None = None  # first failure after the last success
+        self._successes = 0
+        self._accepted: set[frozenset[str]] = set()  # sets of parameters that the server has answered
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
+            max_connections=server.max_in_flight, max_keepalive_connections=server.max_in_flight
+        )
+        self._client = openai.AsyncOpenAI(
+            base_url=server.api_base,
+            api_key=server.api_key,
+            max_retries=0,
+            timeout=server.request_timeout,
+            http_client=openai.DefaultAioHttpClient(limits=limits),
+        )
+
+    async def __aenter__(self) -> "LLM":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def connect(self, model: str, api_model: str = "") -> str:
+        """Finds the model on the server; returns the name it is served by.
+
+        Asks for ``api_model``; when that is empty, for ``model`` or else the only model served. Raises
+        UserError when no server answers, it refuses the key, or it does not serve the model.
+        """
+        try:
+            async with asyncio.timeout(60):
+                self.served = [entry.id async for entry in self._client.models.list()]
+        except (openai.APIConnectionError, TimeoutError) as error:
+            raise UserError(
+                f"no server answers at {self.server.api_base} ({one_line(error.__cause__ or error)}); "
+                "start one, or name another with --api-base"
+            ) from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            raise self._wrong_key(error) from error
+        except (openai.APIError, TypeError, AttributeError):
+            pass  # a gateway that does not list its models: the first call will tell
+        wanted = api_model or (self.served[0] if len(self.served) == 1 else model)
+        if self.served and wanted not in self.served:
+            raise UserError(self._unknown_model(wanted))
+        self.model = wanted
+        return wanted
+
+    async def ask(self, request: Request) -> Reply:
+        """The reply to a request, from the store or the server.
+
+        Raises Refused when this request cannot be answered, UserError when none can.
+        """
+        body = self._body(request)
+        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
+        if kept := self._store.get(key):
+            self.counts["replayed"] += 1
+            self._accepted.add(frozenset(body))
+            return Reply(**json.loads(kept))
+        if key in self._pending:  # the same text elsewhere in the corpus: one call serves both
+            self.counts["shared"] += 1
+            return await asyncio.shield(self._pending[key])
+        future = self._pending[key] = asyncio.get_running_loop().create_future()
+        try:
+            async with self._slots:
+                self.in_flight += 1
+                try:
+                    reply = await self._ask_server(body)
+                    await self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
+                finally:
+                    self.in_flight -= 1
+            future.set_result(reply)
+            return reply
+        except BaseException as error:
+            if isinstance(error, Exception):
+                future.set_exception(error)
+                future.exception()  # whoever shares the call sees it; nobody has to
+            else:
+                future.cancel()
+            raise
+        finally:
+            del self._pending[key]
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        body: dict[str, Any] = {
+            "model": self.model,
+            "temperature": request.temperature,
+            "max_tokens": request.max_tokens,
+            "seed": self.server.seed * 10_000 + request.sample,
+        }
+        if self.server.completions:
+            body["prompt"] = as_text(request.messages)
+        else:
+            body["messages"] = request.messages
+        stop = request.end + (request.text_end if self.server.completions else ())
+        if stop:
+            body["stop"] = list(stop)
+        if request.pattern:
+            body["extra_body"] = {"structured_outputs": {"regex": request.pattern}}
+        return body
+
+    async def _ask_server(self, body: dict[str, Any]) -> Reply:
+        shape = frozenset(body)
+        strikes, successes_before = 0, -1
+
+        def again(error: Exception) -> bool | float:
+            """Decides about a failure: raise what it means, or wait (default or given seconds) and retry."""
+            nonlocal strikes, successes_before
+            if not isinstance(error, (openai.APIError, TimeoutError, _BadReply)):
+                return False
+            self._raise_if_final(error, shape in self._accepted)
+            now = time.monotonic()
+            self._trouble_since = self._trouble_since or now
+            if now - self._trouble_since > self.server.server_wait:
+                raise UserError(
+                    f"the server at {self.server.api_base} has answered nothing for "
+                    f"{now - self._trouble_since:.0f} s ({_kind(error)}: {one_line(error)}); "
+                    "all replies so far are kept: run the same command again when it is back"
+                ) from error
+            if self._successes > successes_before >= 0 and not isinstance(error, openai.RateLimitError):
+                strikes += 1
+            successes_before = self._successes
+            if strikes >= STRIKES - 1:
+                raise Refused(f"{_kind(error)}, {STRIKES} times") from error
+            self.counts["retries: " + _kind(error)] += 1
+            return _retry_after(error, self.server.server_wait) or True
+
+        async for attempt in stamina.retry_context(
+            on=again, attempts=None, timeout=None, wait_initial=0.5, wait_max=15, wait_jitter=1
+        ):
+            with attempt:
+                async with asyncio.timeout(self.server.request_timeout):
+                    reply = await self._call(body)
+        self._trouble_since = None
+        self._successes += 1
+        self._accepted.add(shape)
+        return reply
+
+    async def _call(self, body: dict[str, Any]) -> Reply:
+        self.counts["calls"] += 1
+        endpoint = self._client.completions if self.server.completions else self._client.chat.completions
+        response = await endpoint.create(**body)
+        try:
+            choice = response.choices[0]
+            text = (choice.text if self.server.completions else choice.message.content) or ""
+            usage = response.usage
+        except (AttributeError, TypeError, IndexError, KeyError) as error:
+            raise _BadReply(f"the reply is none of the OpenAI protocol: {response!r:.200}") from error
+        if usage:
+            self.counts["prompt tokens"] += usage.prompt_tokens or 0
+            self.counts["reply tokens"] += usage.completion_tokens or 0
+        return Reply(text, complete=choice.finish_reason != "length")
+
+    def _raise_if_final(self, error: Exception, accepted: bool) -> None:
+        """Raises Refused or UserError for a failure that no retry can mend."""
+        if isinstance(error, (openai.AuthenticationError, openai.PermissionDeniedError)):
+            raise self._wrong_key(error) from error
+        if not isinstance(error, openai.APIStatusError):
+            return
+        message = _message(error)
+        if error.code == "insufficient_quota":
+            raise UserError(f"the server's account is used up: {message}") from error
+        if error.status_code >= 500 or error.status_code in {408, 409, 425, 429}:
+            return
+        if error.status_code == 404:
+            raise UserError(f"{self._unknown_model(self.model)} ({message})") from error
+        lowered = message.lower()
+        if error.status_code == 413 or any(sign in lowered for sign in _TOO_LONG):
+            raise Refused("context too long for the model") from error
+        if accepted or error.code == "content_filter":
+            raise Refused(f"refused with status {error.status_code}") from error
+        raise UserError(f"the server refuses this kind of request (status {error.status_code}): {message}") from error
+
+    def _wrong_key(self, error: openai.APIStatusError) -> UserError:
+        return UserError(
+            f"the server at {self.server.api_base} refuses the key (status {error.status_code}); "
+            "set AUGCON_API_KEY or --api-key"
+        )
+
+    def _unknown_model(self, wanted: str) -> str:
+        offered = ", ".join(repr(name) for name in self.served) or "a list it does not tell"
+        return (
+            f"the server at {self.server.api_base} does not serve {wanted!r}; it offers {offered}; "
+            "name one with --api-model"
+        )
+
+
+class _BadReply(Exception):
+    """An answer with status 200 that is not one of the protocol (a proxy's page, an empty list)."""
+
+
+_TOO_LONG = (
+    "context length",
+    "context_length",
+    "maximum context",
+    "max_model_len",
+    "maximum model length",
+    "too long",
+)
+
+
+def _message(error: openai.APIStatusError) -> str:
+    body = error.body if isinstance(error.body, dict) else {}
+    return one_line(Exception(body.get("message") or error.message))
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, (TimeoutError, openai.APITimeoutError)):
+        return "timeout"
+    if isinstance(error, openai.APIStatusError):
+        return f"status {error.status_code}"
+    return "bad reply" if isinstance(error, _BadReply) else "connection lost"
+
+
+def _retry_after(error: Exception, limit: float) -> float | None:
+    """Seconds that the server asks to wait (header Retry-After, in seconds or as a date), at most ``limit``."""
+    value = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            when = email.utils.parsedate_to_datetime(value)
+            seconds = (when - datetime.datetime.now(when.tzinfo or datetime.UTC)).total_seconds()
+        except (ValueError, TypeError):
+            return None
+    return min(max(seconds, 0.0), limit) if seconds == seconds else None
+
+
+async def map_in_order(
+    function: Callable[[Item], Awaitable[Result]], items: Iterable[Item], window: int
+) -> AsyncIterator[Result]:
+    """``function`` of each item, many at once, the results in the order of the items.
+
+    At most ``window`` items are begun and not yet handed on, so that memory stays bounded however long
+    the iterable is. The first exception, wherever it arises, ends all.
+    """
+    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def notice(task: asyncio.Task[Result]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not failed.done():
+            failed.set_exception(error)
+
+    begun: deque[asyncio.Task[Result]] = deque()
+    source = iter(items)
+    try:
+        while True:
+            for item in itertools.islice(source, window - len(begun)):
+                begun.append(asyncio.ensure_future(function(item)))
+                begun[-1].add_done_callback(notice)
+            if not begun:
+                return
+            await asyncio.wait([begun[0], failed], return_when=asyncio.FIRST_COMPLETED)
+            if failed.done():
+                failed.result()
+            yield begun.popleft().result()
+    finally:
+        failed.cancel()
+        for task in begun:
+            task.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)

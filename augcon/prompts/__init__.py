@@ -1,0 +1,192 @@
+"""Prompts: the text is data (``zh.toml``, ``en.toml``), the messages are made here (paper section 3.2, 3.4).
+
+In every prompt the fixed part comes first and what varies comes last, so that a server's prefix cache
+serves the fixed part. Instructions go into the first user turn, because some chat templates have no
+system role. What comes from a corpus is only ever concatenated, never formatted.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import re
+import tomllib
+from pathlib import Path
+
+from augcon.errors import UserError
+from augcon.text import Language
+
+Message = dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The words that name the parts of prompts and replies."""
+
+    context: str
+    question: str
+    halves: tuple[str, str]
+    answer: str
+    reference: str
+    grade: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A worked example of the Context-Split-Tree: a context, its question and its two halves."""
+
+    context: str
+    question: str
+    halves: tuple[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The prompts of one language."""
+
+    language: Language
+    colon: str
+    labels: Labels
+    cst_instruction: str
+    weak_instruction: str
+    examples: tuple[Example, ...]
+    answer_instruction: str
+    grade_instruction: str
+
+    def line(self, label: str, content: str) -> str:
+        """A labelled part of a prompt or reply."""
+        return f"{label}{self.colon}{content}"
+
+    def cst_messages(self, context: str, *, weak: bool = False, examples: int | None = None) -> list[Message]:
+        """Asks for the query and the split of a context: I_CST, E_CST, then the context.
+
+        ``weak`` puts the weaker instruction in the instruction's place and ``examples`` keeps only the
+        first ones: the variants that the scorer's negatives come from.
+        """
+        turns = []
+        for example in self.examples[:examples]:
+            turns += [self._context(example.context), self.cst_reply(example.question, example.halves)]
+        turns.append(self._context(context))
+        return _turns(self.weak_instruction if weak else self.cst_instruction, turns)
+
+    def cst_reply(self, question: str, halves: tuple[str, str]) -> str:
+        """A reply in the form that the instruction asks for."""
+        parts = zip((self.labels.question, *self.labels.halves), (question, *halves), strict=True)
+        return "\n".join(self.line(label, content) for label, content in parts)
+
+    def answer_messages(self, examples: list[tuple[str, str, str]], context: str, question: str) -> list[Message]:
+        """Asks for an answer: I_R with its principles, (context, question, answer) examples, (C, q)."""
+        turns = []
+        for example_context, example_question, answer in examples:
+            turns += [self._ask(example_context, example_question), answer]
+        return _turns(self.answer_instruction, [*turns, self._ask(context, question)])
+
+    def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
+        """Asks for a grade of an answer against the reference answer."""
+        parts = [self._ask(context, question)]
+        parts += [
+            self.line(self.labels.reference, disarm(reference)),
+            self.line(self.labels.answer, disarm(answer)),
+        ]
+        return _turns(self.grade_instruction, ["\n\n".join(parts)])
+
+    def cst_pattern(self, max_length: int) -> str:
+        """A regular expression of well-formed replies, for servers that can be held to one.
+
+        Halves are bounded at twice the longest context (in characters; ten to an English word).
+        """
+        half = rf"[^\n].{{0,{2 * max_length * (1 if self.language == 'zh' else 10)}}}"
+        halves = [self.line(_literal(label), half) for label in self.labels.halves]
+        return r"\n".join([self.question_pattern(), *halves])
+
+    def question_pattern(self) -> str:
+        """The same for a reply that ends after the question."""
+        return self.line(_literal(self.labels.question), r"[^\n]{5,120}")
+
+    def end_of_question(self) -> tuple[str, ...]:
+        """Stop strings after the question, where the halves are not needed."""
+        return (self.labels.halves[0],)
+
+    def end_of_reply(self) -> tuple[str, ...]:
+        """Stop strings of the completions endpoint, where a model goes on with a further example."""
+        return (f"\n\n{self._context('')}",)
+
+    def _context(self, context: str) -> str:
+        return f"{self.labels.context}{self.colon.strip()}\n{disarm(context)}"
+
+    def _ask(self, context: str, question: str) -> str:
+        return f"{self._context(context)}\n\n{self.line(self.labels.question, disarm(question))}"
+
+
+def _turns(instruction: str, turns: list[str]) -> list[Message]:
+    """Turns of user and assistant by turns, the instruction at the head of the first."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    messages[0]["content"] = f"{instruction}\n\n{turns[0]}"
+    return messages
+
+
+def _literal(label: str) -> str:
+    """A label as a regular expression; unlike ``re.escape`` it leaves spaces alone, as grammars need."""
+    return re.sub(r"([^\w\s])", r"\\\1", label)
+
+
+def as_text(messages: list[Message]) -> str:
+    """The same prompt as one text, for the completions endpoint of a base model."""
+    return "\n\n".join(message["content"] for message in messages) + "\n\n"
+
+
+# Servers turn special tokens that stand in a message into the real ones: a text that contains them could
+# end its own turn and speak as the system, or open a thinking block. A space inside makes them plain text.
+_TEMPLATE_MARK = re.compile(
+    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)|\[(?=/?INST\])"
+)
+
+
+def disarm(text: str) -> str:
+    """The text with the control marks of chat templates made harmless."""
+    return _TEMPLATE_MARK.sub(lambda mark: f"{mark.group()} ", text)
+
+
+_FOLDER = Path(__file__).parent
+
+
+@functools.cache
+def load_prompts(language: Language) -> Prompts:
+    """The prompts of a language, read from its file. Raises UserError where the file was edited amiss."""
+    path = _FOLDER / f"{language}.toml"
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        cst = data["cst"]
+        prompts = Prompts(
+            language=language,
+            colon="：" if language == "zh" else ": ",
+            labels=Labels(**{**data["labels"], "halves": _pair(data["labels"]["halves"])}),
+            cst_instruction=cst["instruction"].strip(),
+            weak_instruction=cst["weak_instruction"].strip(),
+            examples=tuple(
+                Example(example["context"].strip(), example["question"].strip(), _pair(example["halves"]))
+                for example in cst["examples"]
+            ),
+            answer_instruction=data["answer"]["instruction"].strip(),
+            grade_instruction=data["grade"]["instruction"].strip(),
+        )
+    except KeyError as error:
+        raise UserError(f"{path}: the key {error} is missing; restore it") from error
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as prompts: {error}") from error
+    if not prompts.examples:
+        raise UserError(f"{path}: [[cst.examples]] is empty; give at least one")
+    return prompts
+
+
+def _pair(texts: list[str]) -> tuple[str, str]:
+    first, second = texts
+    return first.strip(), second.strip()
+
+
+def fingerprint() -> str:
+    """A digest of all prompt files: what was made with other prompts is not mixed with new results."""
+    digest = hashlib.sha256()
+    for path in sorted(_FOLDER.glob("*.toml")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,91 @@
+"""What a model wrote → the query and the halves, or the reason why not.
+
+Models add talk, markdown, other colons and thinking blocks, and contexts may contain anything, labels
+included. A part begins at the first line that starts with its label after the part before.
+"""
+
+import re
+
+from augcon.prompts import Prompts
+
+SHORTEST_QUESTION = 5  # characters
+
+
+class Unparseable(Exception):
+    """The reply has no usable content; the message is the reason, in a few words, for counting."""
+
+
+# Labels that models put in place of ours, for either language.
+_QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
+_HALF = ("片段", "上下文", "语境", "文本", "段落", "部分", "Context", "Part", "Passage", "Text", "Half")
+_NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
+
+
+def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
+    """The query and the two halves of a reply to a Context-Split-Tree prompt, stripped; a half may be empty.
+
+    Raises Unparseable when a part is missing, or the question is unusable.
+    """
+    visible = _without_thinking(reply)
+    question_label = _find(visible, _question_labels(prompts), 0)
+    if not question_label:
+        raise Unparseable("no question")
+    first = _find(visible, _half_labels(prompts, 0), question_label.end())
+    second = first and _find(visible, _half_labels(prompts, 1), first.end())
+    if not first or not second:
+        raise Unparseable("no halves")
+    question = _question(visible[question_label.end() : first.start()], prompts)
+    return question, (_half(visible[first.end() : second.start()]), _half(visible[second.end() :]))
+
+
+def parse_question(reply: str, prompts: Prompts) -> str:
+    """The query alone, from a reply that may end after it. Raises Unparseable as ``parse_split``."""
+    visible = _without_thinking(reply)
+    label = _find(visible, _question_labels(prompts), 0)
+    if not label:
+        raise Unparseable("no question")
+    first = _find(visible, _half_labels(prompts, 0), label.end())
+    return _question(visible[label.end() : first.start() if first else None], prompts)
+
+
+def _without_thinking(reply: str) -> str:
+    """The reply after the thinking block of a reasoning model; nothing when it never came out of it."""
+    visible = re.split(r"</think(?:ing)?>", reply)[-1]
+    return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
+
+
+def _question_labels(prompts: Prompts) -> str:
+    return "|".join(map(re.escape, sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True)))
+
+
+def _half_labels(prompts: Prompts, index: int) -> str:
+    return rf"{re.escape(prompts.labels.halves[index])}|(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}"
+
+
+def _find(text: str, labels: str, start: int) -> re.Match[str] | None:
+    """The first line from ``start`` that begins with a label, bare or in markdown, before a colon or alone."""
+    label = rf"^[ \t>#*_\-•【\[]*(?:{labels})[ \t]*[】\]]?[*_]*[ \t]*(?:[:：][ \t]*[*_]*|$)"
+    return re.compile(label, re.IGNORECASE | re.MULTILINE).search(text, start)
+
+
+def _question(written: str, prompts: Prompts) -> str:
+    lines = [line.strip(" \t*_#>") for line in written.splitlines()]
+    lines = [line for line in lines if line]
+    question = " ".join(lines[:1] if lines and lines[0].endswith(("?", "？")) else lines)
+    question = question.removeprefix("“").removesuffix("”") if re.fullmatch("“[^“”]*”", question) else question
+    if len(question) < SHORTEST_QUESTION:
+        raise Unparseable("question too short")
+    if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
+        raise Unparseable("no question, only its place")
+    if question in {example.question for example in prompts.examples}:
+        raise Unparseable("question of an example")
+    return question
+
+
+def _half(written: str) -> str:
+    """A half without what belongs to the reply's form: bold marks, a code fence around all, closing rules."""
+    half = written.strip().removeprefix("**").strip()
+    half = re.sub(r"(?:\n\s*(?:-{3,}|\*{3,}|={3,}))+$", "", half).rstrip()
+    if half.count("```") % 2:
+        half = half.removesuffix("```").rstrip()
+    return "" if half in {"空", "（空）", "(empty)", "（无）", "无", "None", "N/A", "-"} else half

@@ -1,0 +1,166 @@
+"""Every setting of AugCon: default, bounds, unit and reason; the defaults are the paper's.
+
+A setting is taken from the command line (``--min-length 30``), else from the environment
+(``AUGCON_MIN_LENGTH=30``), else from this file. All scripts share this one schema.
+"""
+
+import os
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
+
+from augcon.errors import UserError
+
+PREFIX = "AUGCON_"
+
+
+def operational(default: Any, description: str, **bounds: Any) -> Any:
+    """A setting that changes how a run goes, not what comes out of it."""
+    return Field(default, description=description, json_schema_extra={"step": 0}, **bounds)
+
+
+def outcome(step: int, default: Any, description: str, **bounds: Any) -> Any:
+    """A setting that changes the outcome of ``step`` and of every step after it."""
+    return Field(default, description=description, json_schema_extra={"step": step}, **bounds)
+
+
+class Settings(BaseSettings):
+    """One object for all scripts; see the module's docstring."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        extra="forbid",
+        frozen=True,
+        cli_prog_name=Path(sys.argv[0]).name,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_exit_on_error=False,
+        str_strip_whitespace=True,
+    )
+
+    # Where things are
+    results: str = operational("results", "folder for everything that is made; one folder a corpus", min_length=1)
+    corpus: str = outcome(
+        1,
+        "DailyM",
+        "articles: a dataset saved to disk, a hub name, a .jsonl, .json, .csv, .tsv or .parquet file, "
+        "or a folder of .txt and .md files",
+        min_length=1,
+    )
+    text_field: str = outcome(1, "article", "the field of the corpus that holds the text", min_length=1)
+
+    # The LLM and its server
+    model: str = outcome(
+        2,
+        "Qwen/Qwen1.5-32B-Chat",
+        "base model, a hub name or folder: asks, is asked, scores and is tuned",
+        min_length=1,
+    )
+    api_base: str = operational(
+        "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server", pattern=r"^https?://\S+$"
+    )
+    api_key: SecretStr = operational(SecretStr("EMPTY"), "key for the server; never printed or saved")
+    api_model: str = operational(
+        "", "name by which the server knows the model; empty: the only one it serves, or the model setting"
+    )
+    completions: bool = outcome(1, False, "use the completions endpoint, for a base model that has no chat template")
+    structured_output: bool = outcome(
+        1,
+        False,
+        "hold the server to the form of the reply (vLLM's structured_outputs); for models that stray from it",
+    )
+    max_in_flight: int = operational(256, "requests under way at once; vLLM's own default batch", ge=1, le=65536)
+    request_timeout: float = operational(
+        300, "seconds for one request; 4,096 tokens at a full batch take about 200", gt=0, le=86400
+    )
+    server_wait: float = operational(
+        600,
+        "seconds to wait for a server that went away before the run stops, everything kept",
+        ge=0,
+        le=604800,
+    )
+
+    # Root contexts
+    max_length: int = outcome(
+        1,
+        500,
+        "longest root context; unit: one per CJK character or other word (paper 4.1)",
+        ge=20,
+        le=100_000,
+    )
+    language: Literal["auto", "zh", "en"] = outcome(
+        1, "auto", "language of the prompts; auto: that of each root context"
+    )
+    quota_unit: int = outcome(1, 35, "one pair wanted per this much length of a root context (paper 4.2)", ge=1)
+
+    # Step 1: Context-Split-Tree
+    min_length: int = outcome(1, 20, "λ: a shorter context is asked nothing (paper 3.2); unit as max-length", ge=1)
+    rouge_threshold: float = outcome(
+        1,
+        0.7,
+        "ROUGE-L precision: halves below it are hallucinated, queries at or above it are too alike (paper 3.2, 3.3)",
+        gt=0,
+        le=1,
+    )
+    query_temperature: float = outcome(1, 0.85, "sampling temperature for queries (paper 4.1)", ge=0, le=2)
+    query_max_tokens: int = outcome(1, 1024, "most tokens of a reply with a query and two halves", ge=16)
+    tries: int = outcome(1, 4, "times a node is asked until its reply parses", ge=1, le=100)
+    oversample: float = outcome(
+        1, 1.15, "mutually diverse queries to gather, in quotas, for step 2 to choose from", ge=1
+    )
+    max_passes: int = outcome(1, 6, "most trees grown over one root context to fill its quota", ge=1, le=1000)
+    negatives: int = outcome(1, 500, "scorer pairs per type of negative (paper 4.1)", ge=0)
+
+    # Any random choice
+    seed: int = outcome(1, 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Settings":
+        if self.min_length > self.max_length:
+            raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
+        return self
+
+    def made_with(self) -> dict[str, tuple[int, Any]]:
+        """What changes the outcome: name → (first step that it changes, value)."""
+        steps = {name: field.json_schema_extra["step"] for name, field in type(self).model_fields.items()}
+        return {name: (step, getattr(self, name)) for name, step in steps.items() if step}
+
+    def describe(self) -> str:
+        """All settings on a few lines, with a star at those that are not the default; the key is masked."""
+        fields = type(self).model_fields
+        parts = [
+            f"{name}={getattr(self, name)}{'*' if getattr(self, name) != fields[name].default else ''}"
+            for name in fields
+        ]
+        return textwrap.fill(" ".join(parts), 110, initial_indent="settings: ", subsequent_indent="  ")
+
+
+def load_settings(doc: str) -> Settings:
+    """Settings from the command line and the environment; ``doc`` opens the text of ``--help``.
+
+    Raises UserError, in one line, for an unknown name or an impossible value.
+    """
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise UserError(f"the environment sets {name}, which is no setting; see --help for all of them")
+    Settings.__doc__ = doc
+    try:
+        return Settings(_cli_settings_source=CliSettingsSource(Settings, cli_parse_args=True))
+    except ValidationError as error:
+        raise UserError("; ".join(map(_say, error.errors()))) from error
+    except SettingsError as error:
+        raise UserError(f"{str(error).removeprefix('error parsing CLI: ')}; see --help for all settings") from error
+
+
+def _say(problem: dict[str, Any]) -> str:
+    if not problem["loc"]:
+        return problem["msg"].removeprefix("Value error, ")
+    name = "--" + str(problem["loc"][0]).replace("_", "-")
+    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

@@ -1,0 +1,224 @@
+"""Step 1: a corpus becomes trees of questions (paper section 3.2, Context-Split-Tree).
+
+Reads the corpus. Writes into results/: contexts.jsonl (the root contexts), nodes.jsonl (every node and its
+fate), queries.json (the queries), short_roots.jsonl (roots short of their quota, with the reason) and
+scorer_pairs (good and worse queries, for step 2). Run it again and it goes on where it was.
+
+    python step1_gen_q.py --api-base http://127.0.0.1:8000/v1
+"""
+
+import asyncio
+import hashlib
+import itertools
+import json
+import random
+import time
+from collections import Counter
+
+from augcon import cst, progress, prompts
+from augcon.corpus import RootContext, read_corpus, split_corpus
+from augcon.errors import UserError, stage
+from augcon.llm import LLM, Server, map_in_order
+from augcon.results import Results, context_row, node_row
+from augcon.store import Store
+from augcon.text import language
+from config import Settings, load_settings
+
+
+@stage
+def main() -> None:
+    settings = load_settings(__doc__)
+    print(settings.describe(), flush=True)
+    results = Results(settings.results)
+    with results.held(), Store(results.store) as store:
+        asyncio.run(run(settings, results, store))
+
+
+async def run(settings: Settings, results: Results, store: Store) -> None:
+    """The recipe: root contexts, trees, scorer pairs, figures."""
+    started = time.monotonic()
+    roots = root_contexts(settings)
+    async with LLM(server(settings), store) as llm:
+        model = await llm.connect(settings.model, settings.api_model)
+        print(f"server:  {settings.api_base} serves {model!r}")
+        results.settle(1, {**settings.made_with(), **inputs(roots, model)})
+        results.write_lines(results.contexts, map(context_row, roots))
+
+        sample = await grow_trees(settings, results, llm, roots)
+        await make_pairs(settings, results, llm, roots, sample)
+        report_calls(llm, time.monotonic() - started)
+
+
+def root_contexts(settings: Settings) -> list[RootContext]:
+    """The corpus cut into root contexts. Raises UserError when there is no text in it."""
+    skipped: Counter[str] = Counter()
+    rows = read_corpus(settings.corpus, settings.text_field)
+    roots = list(split_corpus(rows, settings.max_length, settings.quota_unit, skipped))
+    left_out = f", {skipped.total()} skipped ({say(skipped)})" if skipped else ""
+    if not roots:
+        raise UserError(f"corpus {settings.corpus!r} has no article with text{left_out}")
+    articles = len({root.article for root in roots})
+    wanted = sum(root.quota for root in roots)
+    print(f"corpus:  {articles:,} articles{left_out}; {len(roots):,} root contexts, {wanted:,} pairs wanted")
+    return roots
+
+
+def server(settings: Settings) -> Server:
+    """The part of the settings that says how to ask."""
+    return Server(
+        settings.api_base,
+        settings.api_key.get_secret_value(),
+        settings.completions,
+        settings.max_in_flight,
+        settings.request_timeout,
+        settings.server_wait,
+        settings.seed,
+    )
+
+
+def rules(settings: Settings) -> cst.TreeRules:
+    """The part of the settings that says how trees grow."""
+    return cst.TreeRules(
+        settings.min_length,
+        settings.rouge_threshold,
+        settings.query_temperature,
+        settings.query_max_tokens,
+        settings.tries,
+        settings.oversample,
+        settings.max_passes,
+        settings.max_length if settings.structured_output else None,
+    )
+
+
+def inputs(roots: list[RootContext], model: str) -> dict[str, tuple[int, str]]:
+    """What shapes the outcome besides the settings: the corpus as cut, the prompts, the model that answers."""
+    digest = hashlib.sha256()
+    for root in roots:
+        digest.update(f"{root.article} {root.start} {root.quota} {root.text}\n".encode())
+    return {
+        "content of the corpus": (1, digest.hexdigest()[:16]),
+        "content of the prompts": (1, prompts.fingerprint()),
+        "model served": (1, model),
+    }
+
+
+def prompts_for(settings: Settings, root: RootContext) -> prompts.Prompts:
+    """The prompts in the language of a root context, unless the settings name one."""
+    return prompts.load_prompts(language(root.text) if settings.language == "auto" else settings.language)
+
+
+Query = tuple[int, str, str]  # root, context, query
+
+
+async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list[RootContext]) -> list[Query]:
+    """Grows the trees of every root context and writes nodes and queries; returns a random sample of queries."""
+    wanted = 2 * len(cst.NEGATIVES) * settings.negatives  # twice what is needed: some negatives are thrown away
+    sample = Reservoir(wanted, settings.seed)
+    fates: Counter[str] = Counter()
+    short = []
+    passes = diverse = 0
+
+    with (
+        progress.bar(len(roots), "trees", "roots") as bar,
+        results.writing(results.nodes) as nodes_file,
+        results.writing(results.queries) as queries_file,
+    ):
+
+        async def fill(root: RootContext) -> cst.RootResult:
+            result = await cst.fill_root(llm.ask, prompts_for(settings, root), root, rules(settings))
+            bar.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
+            bar.update()
+            return result
+
+        separator = "{"
+        async for result in map_in_order(fill, roots, 2 * settings.max_in_flight):
+            for node in result.nodes:
+                nodes_file.write(json.dumps(node_row(node), ensure_ascii=False) + "\n")
+                fates[node.outcome] += 1
+            queries = [[node.context, node.query] for node in result.nodes if node.query]
+            queries_file.write(f'{separator}\n"{result.root.root}": {json.dumps(queries, ensure_ascii=False)}')
+            separator = ","
+            for context, query in queries:
+                sample.offer((result.root.root, context, query))
+            passes, diverse = passes + result.passes, diverse + result.diverse
+            if result.shortfall:
+                short.append({"root": result.root.root, "quota": result.root.quota, "reason": result.shortfall})
+        queries_file.write("\n}\n")
+    results.write_lines(results.short_roots, short)
+
+    quota = sum(root.quota for root in roots)
+    print(f"trees:   {fates.total():,} nodes in {passes:,} passes: {say(fates)}")
+    print(
+        f"queries: {sample.offered:,}, of which mutually diverse within their root {diverse:,} "
+        f"({diverse / quota:.2f} of the quota)"
+    )
+    print(f"roots:   {len(roots) - len(short):,} of {len(roots):,} have their quota", end="")
+    print(f"; the others are listed with the reason in {results.short_roots}" if short else "")
+    return sample.kept
+
+
+class Reservoir:
+    """A uniform random sample of a stream of unknown length, the same for the same stream and seed."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.offered, self.kept = size, 0, list[Query]()
+        self._random = random.Random(seed)
+
+    def offer(self, item: Query) -> None:
+        """Takes the next item of the stream."""
+        self.offered += 1
+        if len(self.kept) < self.size:
+            self.kept.append(item)
+        elif (place := self._random.randrange(self.offered)) < self.size:
+            self.kept[place] = item
+
+
+async def make_pairs(
+    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[Query]
+) -> None:
+    """Makes the scorer's pairs, as many of each type, and writes them."""
+    pairs: dict[str, list[cst.ScorerPair]] = {kind: [] for kind in cst.NEGATIVES}
+    lost: Counter[str] = Counter()
+    outcomes = cst.scorer_pairs(
+        llm.ask,
+        lambda root: prompts_for(settings, roots[root]),
+        sample,
+        settings.negatives,
+        rules(settings),
+        settings.seed,
+        2 * settings.max_in_flight,
+    )
+    expected = len(pairs) * min(settings.negatives, len(sample) // len(pairs))
+    with progress.bar(expected, "scorer pairs", "pairs") as bar:
+        async for outcome in outcomes:
+            if isinstance(outcome, cst.ScorerPair):
+                pairs[outcome.type].append(outcome)
+                bar.update()
+            else:
+                lost[outcome] += 1
+    each = min(map(len, pairs.values()))
+    kept = list(itertools.chain.from_iterable(made[:each] for made in pairs.values()))
+    results.write_pairs(kept)
+    print(f"pairs:   {len(kept):,} for the scorer, {each:,} of each type ({', '.join(pairs)})", end="")
+    print(f"; thrown away: {say(lost)}" if lost else "")
+
+
+def report_calls(llm: LLM, seconds: float) -> None:
+    """The figures of the client."""
+    retries = Counter({kind: n for kind, n in llm.counts.items() if kind.startswith("retries")})
+    calls = llm.counts["calls"]
+    print(
+        f"calls:   {calls:,} ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the store, "
+        f"{llm.counts['prompt tokens']:,} prompt and {llm.counts['reply tokens']:,} reply tokens"
+        + (f", {say(retries)}" if retries else "")
+        + f"; {seconds:.0f} s"
+    )
+
+
+def say(counts: Counter[str]) -> str:
+    """Counts in words, the largest first."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.most_common())
+
+
+if __name__ == "__main__":
+    main()
