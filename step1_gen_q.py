@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import itertools
 import json
+import math
 import random
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ from collections import Counter
 from augcon import cst, progress, prompts
 from augcon.corpus import RootContext, read_corpus, split_corpus
 from augcon.errors import UserError, stage
-from augcon.llm import LLM, Server, map_in_order
+from augcon.llm import LLM, Reply, Request, Server, map_in_order
 from augcon.results import Results, context_row, node_row
 from augcon.store import Store
 from augcon.text import language
@@ -117,17 +118,27 @@ async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list
     fates: Counter[str] = Counter()
     short = []
     passes = diverse = 0
+    share = {root.root: math.ceil(settings.oversample * root.quota) for root in roots}  # of the progress
 
     with (
-        progress.bar(len(roots), "trees", "roots") as bar,
+        progress.bar(sum(share.values()), "trees", "queries") as bar,
         results.writing(results.nodes) as nodes_file,
         results.writing(results.queries) as queries_file,
     ):
 
         async def fill(root: RootContext) -> cst.RootResult:
-            result = await cst.fill_root(llm.ask, prompts_for(settings, root), root, rules(settings))
-            bar.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
-            bar.update()
+            left = share[root.root]
+
+            async def ask(request: Request) -> Reply:
+                nonlocal left
+                reply = await llm.ask(request)
+                bar.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
+                bar.update(min(left, 1))
+                left = max(left - 1, 0)
+                return reply
+
+            result = await cst.fill_root(ask, prompts_for(settings, root), root, rules(settings))
+            bar.update(left)
             return result
 
         separator = "{"

@@ -68,11 +68,11 @@ async def grow_tree(
     ``pass_number`` draws fresh samples. Raises what ``ask`` raises, save Refused, which ends a node.
     """
 
-    async def visit(context: str, cut: list[str], path: str, share: float) -> list[Node]:
+    async def visit(context: str, size: int, cut: list[str], path: str, share: float) -> list[Node]:
         def node(outcome: Outcome, query: str | None = None, detail: str = "") -> Node:
             return Node(root.root, path, pass_number, context, query, outcome, detail)
 
-        if length(context) < rules.min_length or share < _SMALLEST_SHARE * rules.min_length:
+        if size < rules.min_length or share < _SMALLEST_SHARE * rules.min_length:
             return [node("too short")]
         try:
             query, halves = await _query_and_split(ask, prompts, context, rules, pass_number)
@@ -81,19 +81,19 @@ async def grow_tree(
         except Refused as error:
             return [node("failed", detail=str(error))]
         sizes = [length(half) for half in halves]
-        if max(sizes) >= length(context):
+        if max(sizes) >= size:
             return [node("done", query, "not shorter")]
         cuts = [words(half) for half in halves]
         if min(rouge_l_precision(half, cut) for half in cuts) < rules.rouge_threshold:
             return [node("hallucinated", query)]
-        shares = [share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
+        shares = [share * min(half / (sum(sizes) or 1), _LARGEST_HALF) for half in sizes]
         first, second = await asyncio.gather(
-            *(visit(half, cuts[i], f"{path}{i + 1}", shares[i]) for i, half in enumerate(halves))
+            *(visit(half, sizes[i], cuts[i], f"{path}{i + 1}", shares[i]) for i, half in enumerate(halves))
         )
         return [node("done", query), *first, *second]
 
     context = root.text.strip()
-    return await visit(context, words(context), "", float(length(context)))
+    return await visit(context, root.length, words(context), "", float(root.length))
 
 
 async def _query_and_split(

@@ -180,7 +180,7 @@ class LLM:
         if stop:
             body["stop"] = list(stop)
         if request.pattern:
-            body["extra_body"] = {"structured_outputs": {"regex": request.pattern}}
+            body["structured_outputs"] = {"regex": request.pattern}
         return body
 
     async def _ask_server(self, body: dict[str, Any]) -> Reply:
@@ -221,19 +221,23 @@ class LLM:
         return reply
 
     async def _call(self, body: dict[str, Any]) -> Reply:
+        """One HTTP call. The client's typed methods would spend 2 ms on checking a body that is fixed here."""
         self.counts["calls"] += 1
-        endpoint = self._client.completions if self.server.completions else self._client.chat.completions
-        response = await endpoint.create(**body)
+        endpoint = "/completions" if self.server.completions else "/chat/completions"
+        response: Any = await self._client.post(endpoint, body=body, cast_to=object)
         try:
-            choice = response.choices[0]
-            text = (choice.text if self.server.completions else choice.message.content) or ""
-            usage = response.usage
+            choice = response["choices"][0]
+            text = (choice["text"] if self.server.completions else choice["message"]["content"]) or ""
+            finish_reason = choice["finish_reason"]
+            usage = response.get("usage") or {}
+            prompt_tokens, reply_tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
         except (AttributeError, TypeError, IndexError, KeyError) as error:
             raise _BadReply(f"the reply is none of the OpenAI protocol: {response!r:.200}") from error
-        if usage:
-            self.counts["prompt tokens"] += usage.prompt_tokens or 0
-            self.counts["reply tokens"] += usage.completion_tokens or 0
-        return Reply(text, complete=choice.finish_reason != "length")
+        if not isinstance(text, str):
+            raise _BadReply(f"the reply's content is no text: {text!r:.200}")
+        self.counts["prompt tokens"] += prompt_tokens
+        self.counts["reply tokens"] += reply_tokens
+        return Reply(text, complete=finish_reason != "length")
 
     def _raise_if_final(self, error: Exception, accepted: bool) -> None:
         """Raises Refused or UserError for a failure that no retry can mend."""

@@ -7,6 +7,7 @@ included. A part begins at the first line that starts with its label after the p
 import re
 
 from augcon.prompts import Prompts
+from augcon.text import clean
 
 SHORTEST_QUESTION = 5  # characters
 
@@ -50,7 +51,7 @@ def parse_question(reply: str, prompts: Prompts) -> str:
 
 def _without_thinking(reply: str) -> str:
     """The reply after the thinking block of a reasoning model; nothing when it never came out of it."""
-    visible = re.split(r"</think(?:ing)?>", reply)[-1]
+    visible = re.split(r"</think(?:ing)?>", clean(reply))[-1]
     return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
 
 
@@ -63,9 +64,12 @@ def _half_labels(prompts: Prompts, index: int) -> str:
 
 
 def _find(text: str, labels: str, start: int) -> re.Match[str] | None:
-    """The first line from ``start`` that begins with a label, bare or in markdown, before a colon or alone."""
-    label = rf"^[ \t>#*_\-•【\[]*(?:{labels})[ \t]*[】\]]?[*_]*[ \t]*(?:[:：][ \t]*[*_]*|$)"
-    return re.compile(label, re.IGNORECASE | re.MULTILINE).search(text, start)
+    """The first line from ``start`` that begins with a label: in bold, or before a colon, or alone."""
+    label = rf"[【\[]?(?:{labels})[ \t]*[】\]]?[ \t]*"
+    bold = rf"(?P<mark>[*_]{{1,3}}){label}[:：]?[ \t]*(?P=mark)[ \t]*[:：]?"
+    plain = rf"[*_]{{0,3}}{label}(?:[:：]|$)"
+    line = rf"^[ \t>#\-•]*(?:\*[ \t]+)?(?:{bold}|{plain})"
+    return re.compile(line, re.IGNORECASE | re.MULTILINE).search(text, start)
 
 
 def _question(written: str, prompts: Prompts) -> str:
@@ -83,9 +87,9 @@ def _question(written: str, prompts: Prompts) -> str:
 
 
 def _half(written: str) -> str:
-    """A half without what belongs to the reply's form: bold marks, a code fence around all, closing rules."""
-    half = written.strip().removeprefix("**").strip()
-    half = re.sub(r"(?:\n\s*(?:-{3,}|\*{3,}|={3,}))+$", "", half).rstrip()
-    if half.count("```") % 2:
-        half = half.removesuffix("```").rstrip()
+    """A half without what belongs to the reply's form: marks left open, closing rules, words for "empty"."""
+    half = re.sub(r"(?:\n\s*(?:-{3,}|\*{3,}|={3,}))+$", "", written.strip()).rstrip()
+    for mark in ("```", "**"):
+        if half.count(mark) % 2:
+            half = half.removesuffix(mark).rstrip()
     return "" if half in {"空", "（空）", "(empty)", "（无）", "无", "None", "N/A", "-"} else half

@@ -62,11 +62,7 @@ class Prompts:
         ``weak`` puts the weaker instruction in the instruction's place and ``examples`` keeps only the
         first ones: the variants that the scorer's negatives come from.
         """
-        turns = []
-        for example in self.examples[:examples]:
-            turns += [self._context(example.context), self.cst_reply(example.question, example.halves)]
-        turns.append(self._context(context))
-        return _turns(self.weak_instruction if weak else self.cst_instruction, turns)
+        return [*_cst_fixed_part(self, weak, examples), {"role": "user", "content": self._context(context)}]
 
     def cst_reply(self, question: str, halves: tuple[str, str]) -> str:
         """A reply in the form that the instruction asks for."""
@@ -123,6 +119,14 @@ def _turns(instruction: str, turns: list[str]) -> list[Message]:
     messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
     messages[0]["content"] = f"{instruction}\n\n{turns[0]}"
     return messages
+
+
+@functools.cache
+def _cst_fixed_part(prompts: Prompts, weak: bool, examples: int | None) -> list[Message]:
+    turns = []
+    for example in prompts.examples[:examples]:
+        turns += [prompts._context(example.context), prompts.cst_reply(example.question, example.halves)]
+    return _turns(prompts.weak_instruction if weak else prompts.cst_instruction, turns)
 
 
 def _literal(label: str) -> str:

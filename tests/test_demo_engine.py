@@ -1,0 +1,466 @@
+"""The demonstration engine: OpenAI's API over rules, honest about being no language model."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from augcon.demo_engine import MODEL, cut
+from augcon.demo_rules import halve, reply_to
+from augcon.diversity import DiverseQueries, rouge_l_precision
+from augcon.prompts import as_text, load_prompts
+from augcon.text import length, words
+
+ROOT = Path(__file__).parents[1]
+ZH, EN = load_prompts("zh"), load_prompts("en")
+CONTEXT = ZH.examples[0].context
+MENTIONS = re.compile(r"文本中|本文|文中|上文|上述内容|the text|the passage|the context", re.IGNORECASE)
+QA = {
+    name: [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
+    for name, file in (("zh", "qa_examples.jsonl"), ("en", "qa_examples_en.jsonl"))
+}
+
+
+def question(context: str, seed: int, prompts=ZH, **variant) -> str:
+    """The question of a reply to a Context-Split-Tree prompt."""
+    first = reply_to(prompts.cst_messages(context, **variant), seed).text.split("\n")[0]
+    assert first.startswith(prompts.line(prompts.labels.question, ""))
+    return first.removeprefix(prompts.line(prompts.labels.question, ""))
+
+
+# Determinism
+
+
+def test_the_same_request_gets_the_same_reply_and_another_seed_another():
+    messages = ZH.cst_messages(CONTEXT)
+    assert reply_to(messages, 7) == reply_to(messages, 7)
+    assert len({reply_to(messages, seed).text for seed in range(10)}) > 5
+
+
+def test_replies_do_not_depend_on_the_process():
+    code = (
+        "from augcon.demo_rules import reply_to\nfrom augcon.prompts import load_prompts\n"
+        "p = load_prompts('zh')\n"
+        "print([reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).identity + "
+        "reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).text "
+        "for s in range(20) for w in (0, 1) for n in (1, 3)])"
+    )
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env={"PYTHONHASHSEED": seed},
+            cwd=ROOT,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_the_completions_prompt_gets_the_reply_of_the_chat_prompt(prompts):
+    labels = prompts.labels
+    context = f"{CONTEXT}\n\n{labels.context}：\n第二篇。\n\n{labels.question}：里面也有标签？"
+    demonstrations = [(row["context"], row["question"], row["answer"]) for row in QA[prompts.language][:3]]
+    for messages in (
+        prompts.cst_messages(context),
+        prompts.cst_messages(context, weak=True, examples=1),
+        prompts.answer_messages(demonstrations, CONTEXT, "蜂蜡布怕什么？"),
+        prompts.grade_messages(context, "蜂蜡布怕什么？", "怕热。", "它怕热。"),
+    ):
+        assert reply_to(messages, 3) == reply_to(as_text(messages), 3)
+
+
+# Step 1
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_the_halves_cover_the_context_and_are_made_of_its_words(prompts):
+    for example in prompts.examples:
+        for choice in (0, 1):
+            halves = halve(example.context, choice)
+            assert "".join(halves).replace(" ", "") == re.sub(r"\s", "", example.context) or all(halves)
+            assert re.sub(r"\s", "", "".join(halves)) == re.sub(r"\s", "", example.context)
+            for half in halves:
+                assert 0 < length(half) < length(example.context)
+                assert rouge_l_precision(words(half), words(example.context)) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("context", "halves"),
+    [
+        ("先把米洗净。再加水煮粥。", ("先把米洗净。", "再加水煮粥。")),
+        ("先把米洗净，再加水煮粥", ("先把米洗净，", "再加水煮粥")),
+        ("先把米洗净再加水煮粥", ("先把米洗净再加水煮粥", "")),
+        ("Wash the rice, then boil it.", ("Wash the rice,", "then boil it.")),
+        ("", ("", "")),
+    ],
+)
+def test_cuts_fall_at_sentence_ends_then_at_clause_marks(context, halves):
+    assert halve(context, 0) == halves
+
+
+def test_a_long_text_without_marks_is_cut_between_words():
+    halves = halve("住户可以在阳台内侧晾晒衣物" * 5, 0)
+    assert "".join(halves) == "住户可以在阳台内侧晾晒衣物" * 5
+    assert all(25 < length(half) < 40 for half in halves)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=300) | st.text("0a。，. ；”\"'\n字的是1", max_size=120), st.integers(0, 9), st.booleans())
+def test_any_text_as_a_context_gets_a_reply_in_the_form_of_the_prompt(context, seed, weak):
+    for prompts in (ZH, EN):
+        messages = prompts.cst_messages(context, weak=weak, examples=1 if weak else None)
+        shown = messages[-1]["content"].removeprefix(f"{prompts.line(prompts.labels.context, '').rstrip()}\n")
+        reply = reply_to(messages, seed).text
+        asked = reply.split("\n")[0].removeprefix(prompts.line(prompts.labels.question, ""))
+        assert len(asked) >= 5 and len(asked.splitlines()) == 1
+        options = [halve(shown, choice) for choice in (0, 1)]
+        assert reply in [prompts.cst_reply(asked, halves) for halves in options]
+        for first, second in options:
+            assert [part == part.strip() for part in (first, second)] == [True, True]
+            if second:
+                assert max(length(first), length(second)) < length(shown)
+            else:
+                assert first == shown.strip()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=200), st.text(max_size=60), st.text(max_size=60))
+def test_any_text_gets_an_answer_and_a_grade(context, asked, answer):
+    assert reply_to(ZH.answer_messages([], context, asked), 0).text
+    assert reply_to(as_text(EN.answer_messages([(context, asked, answer)], context, asked)), 0).text
+    grade = reply_to(EN.grade_messages(context, asked, context, answer), 0).text
+    assert 1 <= int(grade.removeprefix("Grade: ")) <= 10
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_weaker_prompts_get_weaker_questions(prompts):
+    """Measured by the share of a question's characters that it shares with the context in runs of four."""
+
+    def grounded(asked: str, context: str) -> bool:
+        return any(asked[i : i + 4] in context for i in range(len(asked) - 3))
+
+    contexts = [row["context"] for row in QA[prompts.language]]
+    shares = {}
+    for name, variant in {"full": {}, "weak": {"weak": True}, "both": {"weak": True, "examples": 1}}.items():
+        asked = [(question(context, seed, prompts, **variant), context) for context in contexts for seed in range(8)]
+        if prompts is ZH:
+            shares[name] = sum(grounded(*pair) for pair in asked) / len(asked)
+        else:
+            shares[name] = sum(any(w in c for w in re.findall(r"\w{6,}", q)) for q, c in asked) / len(asked)
+    assert shares["full"] > shares["weak"] > shares["both"]
+
+
+def test_one_example_gives_a_question_about_the_edge():
+    full = [question(CONTEXT, seed) for seed in range(30)]
+    edge = [question(CONTEXT, seed, examples=1) for seed in range(30)]
+    assert len(set(full) & set(edge)) < 5
+    clauses = re.split(r"[，；。\s]+", CONTEXT.strip("。"))
+    ends = clauses[0] + "|" + clauses[-1]
+    assert sum(any(asked[i : i + 4] in ends for i in range(len(asked) - 3)) for asked in edge) > 20
+
+
+def test_the_questions_of_a_tree_are_diverse_enough_for_the_quota():
+    def grow(context: str, seed: int) -> Iterator[str]:
+        if length(context) < 20:
+            return
+        yield question(context, seed)
+        for half in halve(context, 0):
+            if length(half) < length(context):
+                yield from grow(half, seed)
+
+    for example in ZH.examples[:2]:
+        kept = DiverseQueries(0.7)
+        for seed in range(3):
+            kept.offer_all(grow(example.context, seed))
+        assert len(kept.kept) >= 1.15 * length(example.context) / 35
+
+
+def test_questions_stand_alone_and_are_of_a_sensible_length():
+    for row in QA["zh"]:
+        for seed in range(20):
+            asked = question(row["context"], seed)
+            assert not re.search(r"文中|本文|这段话|上述|[{}]", asked)
+            assert 6 <= length(asked) <= 45 and asked.endswith("？")
+
+
+# Step 3
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_answers_come_from_the_context_and_do_not_mention_it(prompts):
+    rows = QA[prompts.language]
+    demonstrations = [(row["context"], row["question"], row["answer"]) for row in rows[:3]]
+    for row in rows[3:]:
+        answer = reply_to(prompts.answer_messages(demonstrations, row["context"], row["question"]), 0).text
+        assert rouge_l_precision(words(answer), words(row["context"])) > 0.9
+        assert not MENTIONS.search(answer)
+    context = "本文介绍一种布。根据上文所述，蜂蜡布怕热。"
+    assert reply_to(ZH.answer_messages([], context, "蜂蜡布怕什么？"), 0).text == "蜂蜡布怕热。"
+
+
+def test_longer_demonstrations_get_longer_answers():
+    row = QA["zh"][2]
+    short, long = ([("上下文。", "问？", "答" * size)] for size in (10, 200))
+    sizes = [
+        length(reply_to(ZH.answer_messages(shown, row["context"], row["question"]), 0).text) for shown in (short, long)
+    ]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_a_grade_is_a_number_from_1_to_10_and_the_reference_itself_gets_the_best(prompts):
+    row, other = QA[prompts.language][:2]
+    grades = []
+    for answer in (row["answer"], row["answer"][: len(row["answer"]) // 2], other["answer"]):
+        reply = reply_to(prompts.grade_messages(row["context"], row["question"], row["answer"], answer), 0).text
+        assert re.fullmatch(prompts.line(prompts.labels.grade, r"(?:[1-9]|10)"), reply)
+        grades.append(int(re.findall(r"\d+", reply)[0]))
+    assert grades[0] == 10 > grades[1] > grades[2] >= 1
+
+
+# Any other prompt
+
+
+@pytest.mark.parametrize("asked", ["你好，请写一首诗。", "Hello, please write a poem."])
+def test_any_other_prompt_is_told_that_this_is_no_language_model(asked):
+    reply = reply_to([{"role": "user", "content": asked}], 0).text
+    assert ("不是语言模型" in reply) == ("你好" in asked) and ("not a language model" in reply) == ("Hello" in asked)
+
+
+def test_large_and_hostile_contexts_take_time_in_proportion():
+    started = time.monotonic()
+    for text in (
+        "字" * 200_000,
+        "（" * 200_000,
+        "<!--" * 50_000,
+        "[a](" * 50_000,
+        "\n" * 200_000,
+        "\ud800" * 99,
+    ):
+        assert reply_to(ZH.cst_messages(text), 0).text
+        assert reply_to(ZH.answer_messages([], text, "问？"), 0).text
+    assert time.monotonic() - started < 8
+
+
+@pytest.mark.parametrize(
+    ("stops", "limit", "expected"),
+    [
+        ([], None, ("问题：米。片段1", "stop", 8)),
+        (["片段1"], None, ("问题：米。", "stop", 5)),
+        (["段", "米"], None, ("问题：", "stop", 3)),
+        ([], 4, ("问题：米", "length", 4)),
+        (["米"], 3, ("问题：", "stop", 3)),
+        (["不在"], 2, ("问题", "length", 2)),
+    ],
+)
+def test_replies_are_cut_before_a_stop_string_and_at_the_limit(stops, limit, expected):
+    assert cut("问题：米。片段1", stops, limit) == expected
+
+
+# Over HTTP
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def start(port: int, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "augcon.demo_engine", "--port", str(port), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a running engine, which must end cleanly on SIGTERM."""
+    port = free_port()
+    process = start(port)
+    address = f"http://127.0.0.1:{port}"
+    for _ in range(200):
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=5)
+            break
+        except OSError:
+            time.sleep(0.05)
+    yield address
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "NOT a language model" in output and "Traceback" not in output
+
+
+def call(address: str, body: object = None) -> tuple[int, object]:
+    """Status and content of a GET, or of a POST of ``body``."""
+    data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(address, data), timeout=20) as response:
+            status, content = response.status, response.read()
+    except urllib.error.HTTPError as error:
+        status, content = error.code, error.read()
+    return status, json.loads(content) if content[:1] == b"{" else content.decode()
+
+
+def request(**fields: object) -> dict[str, object]:
+    return {"model": MODEL, "messages": ZH.cst_messages(CONTEXT), "seed": 1, "temperature": 0.85, **fields}
+
+
+def test_the_model_list_says_what_the_engine_is(server):
+    status, models = call(f"{server}/v1/models")
+    assert status == 200 and [model["id"] for model in models["data"]] == [MODEL]
+    assert models["data"][0]["owned_by"] == "augcon demonstration rules, not a language model"
+
+
+def test_a_chat_completion_has_the_shape_of_openai(server):
+    status, response = call(f"{server}/v1/chat/completions", request(structured_outputs={"regex": "x"}))
+    choice = response["choices"][0]
+    assert status == 200 and response["object"] == "chat.completion" and response["model"] == MODEL
+    assert choice["message"]["content"] == reply_to(ZH.cst_messages(CONTEXT), 1).text
+    assert choice["finish_reason"] == "stop" and "not-a-language-model" in response["system_fingerprint"]
+    usage = response["usage"]
+    assert usage["completion_tokens"] == length(choice["message"]["content"])
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_a_completion_gives_the_same_as_text(server):
+    body = {"model": MODEL, "prompt": as_text(ZH.cst_messages(CONTEXT)), "seed": 1, "stop": "\n片段1"}
+    status, response = call(f"{server}/v1/completions", body)
+    assert status == 200 and response["choices"][0]["text"] == reply_to(ZH.cst_messages(CONTEXT), 1).text.split("\n")[0]
+
+
+def test_at_a_low_temperature_the_seed_makes_no_difference(server):
+    replies = [
+        call(f"{server}/v1/chat/completions", request(temperature=0.2, seed=seed))[1]["choices"] for seed in (1, 2)
+    ]
+    assert replies[0] == replies[1]
+
+
+def test_max_tokens_is_honoured(server):
+    for field in ("max_tokens", "max_completion_tokens"):
+        _, response = call(f"{server}/v1/chat/completions", request(**{field: 9}))
+        choice = response["choices"][0]
+        assert length(choice["message"]["content"]) == 9 == response["usage"]["completion_tokens"]
+        assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": "text"},
+        {"messages": []},
+        {"messages": None},
+        {"messages": [1]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": 5}]},
+        {"messages": [{"role": 1, "content": "x"}]},
+        {"model": 3},
+        {"n": 2},
+        {"n": True},
+        {"stream": True},
+        {"stop": 4},
+        {"stop": ["a", 4]},
+        {"stop": ""},
+        {"seed": "one"},
+        {"seed": True},
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"max_tokens": -1},
+        {"max_tokens": 0},
+        {"max_tokens": 1.5},
+        {"max_completion_tokens": "9"},
+    ],
+)
+def test_ill_typed_fields_are_a_400_in_the_shape_of_openai(server, fields):
+    status, response = call(f"{server}/v1/chat/completions", request(**fields))
+    assert status == 400 and set(response["error"]) == {"message", "type", "param", "code"}
+    name = next(iter(fields))
+    assert name in response["error"]["message"] and response["error"]["param"].startswith(name)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 200_000, b"1" * 9999, b'"\\ud800"', b"{}"])
+def test_what_is_no_request_is_a_400(server, body):
+    for path in ("chat/completions", "completions"):
+        status, response = call(f"{server}/v1/{path}", body)
+        assert status == 400 and response["error"]["message"]
+
+
+def test_a_body_that_is_not_as_its_header_says_is_a_400(server):
+    wrong = urllib.request.Request(f"{server}/v1/completions", b"{}", {"Content-Encoding": "gzip"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(wrong, timeout=20)
+    assert caught.value.code == 400
+
+
+def test_an_unknown_model_is_a_404_that_names_it(server):
+    status, response = call(f"{server}/v1/chat/completions", request(model="gpt-none"))
+    assert status == 404 and response["error"]["code"] == "model_not_found"
+    assert "gpt-none" in response["error"]["message"]
+
+
+def test_an_unknown_path_is_a_404_in_the_shape_of_openai(server):
+    status, response = call(f"{server}/v1/embeddings", {})
+    assert status == 404 and set(response["error"]) == {"message", "type", "param", "code"}
+
+
+def test_lone_surrogates_and_large_bodies_pass(server):
+    for content in ("\ud800字", "字" * 400_000):
+        status, _ = call(f"{server}/v1/chat/completions", request(messages=ZH.cst_messages(content)))
+        assert status == 200
+
+
+def test_metrics_are_in_prometheus_format_and_count(server):
+    def figures() -> dict[str, float]:
+        _, page = call(f"{server}/metrics")
+        lines = [line for line in page.splitlines() if not line.startswith("#")]
+        matches = [re.fullmatch(rf'(vllm:\w+)\{{model_name="{MODEL}"\}} (\d+)', line) for line in lines]
+        return {match[1]: float(match[2]) for match in matches}
+
+    before = figures()
+    _, response = call(f"{server}/v1/chat/completions", request())
+    after = figures()
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["vllm:prompt_tokens_total"] == response["usage"]["prompt_tokens"]
+    assert grown["vllm:generation_tokens_total"] == response["usage"]["completion_tokens"]
+    assert grown["vllm:request_success_total"] == 1
+    assert after["vllm:num_requests_running"] == after["vllm:num_requests_waiting"] == 0
+    assert after["vllm:kv_cache_usage_perc"] == 0
+
+
+def test_a_port_in_use_is_one_line_and_status_1(server):
+    process = start(int(server.rpartition(":")[2]))
+    output, _ = process.communicate(timeout=20)
+    assert process.returncode == 1 and len(output.splitlines()) == 1 and "in use" in output
+
+
+def test_every_reply_takes_the_latency():
+    port = free_port()
+    process = start(port, "--latency", "0.3")
+    try:
+        for _ in range(200):
+            try:
+                call(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                time.sleep(0.05)
+        started = time.monotonic()
+        call(f"http://127.0.0.1:{port}/v1/chat/completions", request())
+        assert 0.3 <= time.monotonic() - started < 3
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 0
+    finally:
+        process.kill()
