@@ -5,6 +5,7 @@ A setting is taken from the command line (``--min-length 30``), else from the en
 """
 
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from augcon.errors import UserError
 
 PREFIX = "AUGCON_"
+_LOOKS_LIKE_A_KEY = re.compile(r"(--[^\s=]*(?:api|key|token)[^\s=]*[\s=]+)(?!--)\S+", re.IGNORECASE)
 
 
 def operational(default: Any, description: str, **bounds: Any) -> Any:
@@ -112,7 +114,7 @@ class Settings(BaseSettings):
     query_max_tokens: int = outcome(1, 1024, "most tokens of a reply with a query and two halves", ge=16)
     tries: int = outcome(1, 4, "times a node is asked until its reply parses", ge=1, le=100)
     oversample: float = outcome(
-        1, 1.15, "mutually diverse queries to gather, in quotas, for step 2 to choose from", ge=1
+        1, 1.15, "mutually diverse queries to gather, in quotas, for step 2 to choose from", ge=1, le=100
     )
     max_passes: int = outcome(1, 6, "most trees grown over one root context to fill its quota", ge=1, le=1000)
     negatives: int = outcome(1, 500, "scorer pairs per type of negative (paper 4.1)", ge=0)
@@ -156,7 +158,8 @@ def load_settings(doc: str) -> Settings:
     except ValidationError as error:
         raise UserError("; ".join(map(_say, error.errors()))) from error
     except SettingsError as error:
-        raise UserError(f"{str(error).removeprefix('error parsing CLI: ')}; see --help for all settings") from error
+        said = _LOOKS_LIKE_A_KEY.sub(r"\1***", str(error).removeprefix("error parsing CLI: "))
+        raise UserError(f"{said}; see --help for all settings") from None
 
 
 def _say(problem: dict[str, Any]) -> str:

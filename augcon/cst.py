@@ -173,11 +173,11 @@ NEGATIVES: dict[str, dict[str, Any]] = {
 class ScorerPair:
     """A query of a tree and a worse one for the same context; ``type`` says how the worse one was made."""
 
-    root: int
     context: str
     pos_query: str
     neg_query: str
     type: str
+    root: int
 
 
 async def scorer_pairs(
@@ -206,7 +206,7 @@ async def scorer_pairs(
                 return str(error)
             if "".join(negative.split()) == "".join(query.split()):
                 return "equal to the good one"
-            return ScorerPair(root, context, query, negative, kind)
+            return ScorerPair(context, query, negative, kind, root)
 
         reserve, made = order[number * third : (number + 1) * third], 0
         while reserve and made < per_type:

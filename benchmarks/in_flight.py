@@ -1,0 +1,96 @@
+"""How full step 1 keeps a server: mean requests in flight, and the client's CPU time a call.
+
+Starts the demonstration engine with a fixed latency as the stand-in for a server with that many slots, runs
+step1_gen_q.py on a corpus against it, and samples vllm:num_requests_running while there is work for every slot
+(from the first time that the limit is reached to the last).
+
+    python benchmarks/in_flight.py [--corpus DailyM] [--latency 4] [--max-in-flight 256]
+"""
+
+import argparse
+import re
+import resource
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--corpus", default="DailyM")
+    parser.add_argument("--latency", type=float, default=4.0, help="seconds that every reply takes")
+    parser.add_argument("--max-in-flight", type=int, default=256)
+    options = parser.parse_args()
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    engine = subprocess.Popen(
+        [sys.executable, "-m", "augcon.demo_engine", "--port", str(port), "--latency", str(options.latency)],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(address)
+        with tempfile.TemporaryDirectory() as results:
+            command = [sys.executable, "step1_gen_q.py", "--corpus", options.corpus, "--results", results]
+            command += ["--api-base", f"{address}/v1", "--max-in-flight", str(options.max_in_flight)]
+            running, seconds, output = watch(command, address)
+    finally:
+        engine.terminate()
+    report(options, running, seconds, output)
+
+
+def wait_for(address: str) -> None:
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=1).close()
+            return
+        except OSError:
+            time.sleep(0.1)
+    sys.exit("error: the demonstration engine did not start")
+
+
+def watch(command: list[str], address: str) -> tuple[list[float], float, str]:
+    """Runs step 1; returns the requests running at the server, ten times a second, the time, and its output."""
+    started = time.monotonic()
+    step = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    running = []
+    while step.poll() is None:
+        with urllib.request.urlopen(f"{address}/metrics", timeout=10) as metrics:
+            figure = re.search(r"^vllm:num_requests_running\{.*\} (\S+)$", metrics.read().decode(), re.MULTILINE)
+        running.append(float(figure[1]))
+        time.sleep(0.1)
+    if step.returncode:
+        sys.exit(f"error: step 1 ended with status {step.returncode}")
+    return running, time.monotonic() - started, step.stdout.read()
+
+
+def report(options: argparse.Namespace, running: list[float], seconds: float, output: str) -> None:
+    limit = options.max_in_flight
+    full = [i for i, n in enumerate(running) if n >= 0.99 * limit]
+    if not full:
+        sys.exit(f"error: never {limit} in flight (at most {max(running):.0f}): the corpus is too small for this limit")
+    busy = running[full[0] : full[-1] + 1]
+    calls = int(re.search(r"^calls: +([\d,]+)", output, re.MULTILINE)[1].replace(",", ""))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(output)
+    print(
+        f"| limit | latency | mean in flight while there was work | of the limit | calls/s (ideal {limit / options.latency:.0f}) |"
+    )
+    print("|---|---|---|---|---|")
+    mean = statistics.mean(busy)
+    print(f"| {limit} | {options.latency} s | {mean:.1f} | {mean / limit:.1%} | {calls / seconds:.0f} overall |")
+    print(f"client and engine together: {1000 * (used.ru_utime + used.ru_stime) / calls:.2f} ms of CPU a call")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The Context-Split-Tree against models played by small functions (no model runs here)."""
+
+import asyncio
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+
+from augcon import cst
+from augcon.corpus import RootContext
+from augcon.llm import Refused, Reply, Request
+from augcon.prompts import load_prompts
+from augcon.text import length, sentences
+
+PROMPTS = load_prompts("zh")
+RULES = cst.TreeRules()
+TEXT = "".join(f"第{word}条街上新开了一家面包店，每天早上{word}点开门。" for word in "一二三四五六七八")
+
+
+def root_of(text: str, quota: int = 3) -> RootContext:
+    return RootContext(0, 0, 0, len(text), length(text), quota, text)
+
+
+def context_of(request: Request) -> str:
+    return request.messages[-1]["content"].partition("\n")[2]
+
+
+def halves_of(context: str) -> tuple[str, str]:
+    pieces = sentences(context)
+    if len(pieces) < 2:
+        return context, ""
+    return "".join(pieces[: len(pieces) // 2]), "".join(pieces[len(pieces) // 2 :])
+
+
+class Model:
+    """Answers well; ``odd`` may answer a request in its own way or raise. Keeps what it was asked."""
+
+    def __init__(self, odd: Callable[[str, Request], str | Reply | None] = lambda context, request: None) -> None:
+        self.asked: list[Request] = []
+        self.odd = odd
+
+    async def __call__(self, request: Request) -> Reply:
+        self.asked.append(request)
+        await asyncio.sleep(0)
+        context = context_of(request)
+        answer = self.odd(context, request)
+        if answer is None:
+            answer = PROMPTS.cst_reply(f"第{len(self.asked)}问：{context[:6]}有什么要紧的？", halves_of(context))
+        return answer if isinstance(answer, Reply) else Reply(answer, complete=True)
+
+
+def grow(model: Model, text: str = TEXT, rules: cst.TreeRules = RULES) -> list[cst.Node]:
+    return asyncio.run(cst.grow_tree(model, PROMPTS, root_of(text), rules))
+
+
+def test_one_call_gives_the_query_and_the_split_and_every_node_is_visited_once():
+    model = Model()
+    nodes = grow(model)
+    assert len(model.asked) == sum(node.query is not None for node in nodes) > 7
+    assert [node.path for node in nodes] == sorted({node.path for node in nodes})
+    by_path = {node.path: node for node in nodes}
+    for node in nodes[1:]:
+        assert node.context in by_path[node.path[:-1]].context
+    leaves = [node for node in nodes if node.path + "1" not in by_path]
+    assert "".join(node.context for node in leaves) == TEXT
+
+
+def test_a_context_below_min_length_is_asked_nothing():
+    model = Model()
+    assert [node.outcome for node in grow(model, "面包店开门了。")] == ["too short"]
+    assert model.asked == []
+
+
+def test_the_query_is_kept_where_a_half_is_hallucinated_and_the_halves_are_not():
+    def invents(context: str, _: Request) -> str | None:
+        if context == TEXT:
+            return None
+        return PROMPTS.cst_reply(
+            "这家面包店怎么样呢？", (context[:30], "月亮背面的宇航员昨夜梦见了一片蓝色大海和许多鲸鱼。")
+        )
+
+    nodes = grow(Model(invents))
+    assert Counter(node.outcome for node in nodes) == {"done": 1, "hallucinated": 2}
+    assert all(node.query for node in nodes)
+
+
+def test_a_half_no_shorter_than_its_context_ends_the_branch():
+    nodes = grow(Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", (context, ""))))
+    assert [(node.outcome, node.detail) for node in nodes] == [("done", "not shorter")]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "",
+        "好的。",
+        "问题：短\n片段1：甲\n片段2：乙",
+        Reply(PROMPTS.cst_reply("这是被截断的吗？", ("甲", "乙")), complete=False),
+    ],
+)
+def test_a_bad_reply_is_asked_again_with_a_fresh_sample(bad: str | Reply):
+    model = Model(lambda context, request: bad if request.sample % RULES.tries < RULES.tries - 1 else None)
+    nodes = grow(model)
+    assert {node.outcome for node in nodes} <= {"done", "too short"}
+    of_root = [request.sample for request in model.asked if context_of(request) == TEXT]
+    assert of_root == [0, 1, 2, 3]
+
+
+def test_a_node_that_never_parses_ends_alone_and_its_siblings_go_on():
+    stubborn = halves_of(TEXT)[0]
+    model = Model(lambda context, _: "我不明白。" if context == stubborn else None)
+    nodes = grow(model)
+    assert [node.path for node in nodes if node.outcome == "not parseable"] == ["1"]
+    assert sum(context_of(request) == stubborn for request in model.asked) == RULES.tries
+    assert sum(node.path.startswith("2") and node.query is not None for node in nodes) >= 3
+
+
+def test_a_refused_node_fails_alone_with_its_reason():
+    def too_long(context: str, _: Request) -> None:
+        if context == halves_of(TEXT)[1]:
+            raise Refused("context too long for the model")
+
+    nodes = grow(Model(too_long))
+    failed = [node for node in nodes if node.outcome == "failed"]
+    assert [(node.path, node.detail) for node in failed] == [("2", "context too long for the model")]
+    assert sum(node.path.startswith("1") and node.query is not None for node in nodes) >= 3
+
+
+def test_an_error_of_the_run_is_not_swallowed():
+    def breaks(context: str, _: Request) -> None:
+        if context != TEXT:
+            raise OSError("disk")
+
+    with pytest.raises(OSError, match="disk"):
+        grow(Model(breaks))
+
+
+@pytest.mark.parametrize("keep", ["both nearly whole", "one character shorter", "one character shorter and empty"])
+def test_a_tree_stays_linear_whatever_the_model_returns(keep: str):
+    text = "街上新开了一家面包店每天早上七点开门" * 20
+
+    def greedy(context: str, _: Request) -> str:
+        halves = {
+            "both nearly whole": (context[1:], context[:-1]),
+            "one character shorter": (context[1:], context[:1]),
+            "one character shorter and empty": (context[1:], ""),
+        }[keep]
+        return PROMPTS.cst_reply("这家面包店几点开门呢？", halves)
+
+    nodes = grow(Model(greedy), text)
+    assert len(nodes) < len(text)
+
+
+def test_passes_are_repeated_until_the_quota_of_diverse_queries_is_covered():
+    numbers = itertools.count()
+    subjects = [
+        "面包",
+        "牛奶",
+        "房租",
+        "医保",
+        "电梯",
+        "公园",
+        "菜价",
+        "快递",
+        "天气",
+        "学校",
+        "地铁",
+        "养老",
+        "书店",
+        "停车",
+    ]
+
+    def diverse(context: str, _: Request) -> str:
+        n = next(numbers)
+        return PROMPTS.cst_reply(f"{subjects[n % 14]}与{subjects[(n * 5 + 3) % 14]}在{n}号", (context, ""))
+
+    result = asyncio.run(cst.fill_root(Model(diverse), PROMPTS, root_of(TEXT, quota=4), RULES))
+    assert result.diverse >= math.ceil(1.15 * 4) and result.passes == 5 and result.shortfall == ""
+    assert [node.pass_number for node in result.nodes] == [0, 1, 2, 3, 4]
+
+
+def test_a_root_whose_queries_repeat_stops_at_max_passes_and_says_why():
+    same = Model(lambda context, _: PROMPTS.cst_reply("面包店每天几点开门呢？", (context, "")))
+    result = asyncio.run(cst.fill_root(same, PROMPTS, root_of(TEXT, quota=4), RULES))
+    assert result.passes == RULES.max_passes and result.diverse == 1
+    assert result.shortfall == f"1 of 4 diverse queries after {RULES.max_passes} passes"
+    assert [request.sample for request in same.asked] == [p * RULES.tries for p in range(RULES.max_passes)]
+
+
+@pytest.mark.parametrize(("text", "reason"), [("开门了。", "too short"), (TEXT, "failed")])
+def test_a_root_that_can_bear_no_query_is_tried_once_and_says_why(text: str, reason: str):
+    def refuses(context: str, _: Request) -> None:
+        raise Refused("no")
+
+    result = asyncio.run(cst.fill_root(Model(refuses), PROMPTS, root_of(text), RULES))
+    assert (result.passes, result.shortfall) == (1, reason)
+
+
+def pairs_of(model: Model, positives: list[tuple[int, str, str]], per_type: int = 100) -> list[cst.ScorerPair | str]:
+    async def collect() -> list[cst.ScorerPair | str]:
+        source = cst.scorer_pairs(model, lambda root: PROMPTS, positives, per_type, RULES, seed=1, window=8)
+        return [outcome async for outcome in source]
+
+    return asyncio.run(collect())
+
+
+POSITIVES = [(n, f"{TEXT}{n}", f"第{n}家面包店几点开门？") for n in range(60)]
+
+
+def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_question():
+    model = Model(lambda context, request: f"问题：{len(request.messages)}面包怎么样")
+    pairs = pairs_of(model, POSITIVES, per_type=5)
+    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 5)
+    seen = Counter(
+        (request.messages[0]["content"].startswith(PROMPTS.weak_instruction), len(request.messages))
+        for request in model.asked
+    )
+    assert seen == {(True, 7): 5, (False, 3): 5, (True, 3): 5}
+    assert all(request.end == (PROMPTS.labels.halves[0],) for request in model.asked)
+    good = {(root, context): query for root, context, query in POSITIVES}
+    assert all(good[pair.root, pair.context] == pair.pos_query != pair.neg_query for pair in pairs)
+
+
+def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the_reserve():
+    def equal(context: str, request: Request) -> str:
+        number = int(context.removeprefix(TEXT))
+        return f"问题：第{number}家面包店几点开门？" if number % 4 == 0 else "问题：面包怎么样"
+
+    outcomes = pairs_of(Model(equal), POSITIVES, per_type=6)
+    pairs = [outcome for outcome in outcomes if isinstance(outcome, cst.ScorerPair)]
+    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 6)
+    assert set(outcomes) - set(pairs) == {"equal to the good one"}
+    assert all(pair.pos_query != pair.neg_query for pair in pairs)
+
+
+def test_on_a_small_corpus_each_type_has_at_most_a_third_of_the_queries():
+    pairs = pairs_of(Model(lambda context, request: "问题：面包怎么样"), POSITIVES[:11])
+    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 3)
+    assert len({pair.root for pair in pairs}) == 9
+    assert pairs_of(Model(), POSITIVES[:2]) == []

@@ -1,0 +1,86 @@
+"""Step 1 against a real vLLM server (its CPU build), with a tiny model of random weights made on the spot."""
+
+import importlib.util
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import ROOT, Engine, free_port, run, says_one_line
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed"),
+]
+
+CORPUS = [
+    "社区食堂在午间十二点开门，二十个座位常常坐满。老人刷卡，一荤两素八元钱。厨师说，菜价每周一调整。",
+    "街口的修鞋摊摆了二十年。摊主说，换一次鞋跟十五元，等上半小时就能取走。",
+    "The bread rises for two hours before baking. The baker turns each loaf once, so that the crust browns evenly.",
+]
+
+
+@pytest.fixture(scope="module")
+def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    from augcon.tiny_model import make_tiny_model
+
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    make_tiny_model(model, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    # The CPU build ends on a seeded request whose prompt is read in chunks: read it whole.
+    command += ["--enforce-eager", "--max-model-len", "8192", "--no-enable-chunked-prefill"]
+    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
+    server = Engine(command, port, patience=300)
+    yield server
+    server.stop()
+
+
+def corpus(folder: Path) -> Path:
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"article": text}) + "\n" for text in CORPUS))
+    return path
+
+
+def test_step1_runs_on_a_real_vllm_server_and_again_without_a_call(vllm: Engine, tmp_path: Path):
+    flags = ["--corpus", corpus(tmp_path), "--results", tmp_path / "r", "--structured-output", "--negatives", 2]
+    flags += ["--max-length", 40, "--max-passes", 2, "--api-base", vllm.api]
+    done = run("step1_gen_q.py", *flags, timeout=500)
+    assert done.returncode == 0, done.stderr
+    nodes = [json.loads(line) for line in (tmp_path / "r" / "nodes.jsonl").read_text().splitlines()]
+    asked = Counter(node["outcome"] for node in nodes if node["query"])
+    assert asked.total() >= 4 and "serves 'tiny'" in done.stdout
+    assert len(datasets.load_from_disk(tmp_path / "r" / "scorer_pairs")) >= 3
+
+    generated = vllm.metric("vllm:generation_tokens_total")
+    assert run("step1_gen_q.py", *flags).returncode == 0
+    assert vllm.metric("vllm:generation_tokens_total") == generated
+
+
+def test_a_noise_that_never_parses_ends_every_node_after_its_tries(vllm: Engine, tmp_path: Path):
+    flags = ["--corpus", corpus(tmp_path), "--results", tmp_path / "r", "--max-passes", 1, "--query-max-tokens", 32]
+    done = run("step1_gen_q.py", *flags, "--api-base", vllm.api, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "not parseable 3" in done.stdout and "calls:   12 " in done.stdout
+    assert "0 of 3 have their quota" in done.stdout
+
+
+def test_a_context_too_long_for_the_model_fails_alone(vllm: Engine, tmp_path: Path):
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"article": text}) + "\n" for text in ("面包店七点开门。" * 2000, CORPUS[0])))
+    flags = ["--corpus", path, "--results", tmp_path / "r", "--max-length", 20_000, "--max-passes", 1]
+    done = run("step1_gen_q.py", *flags, "--query-max-tokens", 32, "--api-base", vllm.api, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "failed 1" in done.stdout and "not parseable 1" in done.stdout
+    row = json.loads((tmp_path / "r" / "nodes.jsonl").read_text().splitlines()[0])
+    assert row["detail"] == "context too long for the model"
+
+
+def test_a_model_that_vllm_does_not_serve_is_one_line(vllm: Engine, tmp_path: Path):
+    result = run("step1_gen_q.py", "--api-base", vllm.api, "--api-model", "other", "--results", tmp_path / "r")
+    assert says_one_line(result, "'other'", "'tiny'", "--api-model")
