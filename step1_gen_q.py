@@ -19,7 +19,8 @@ from collections import Counter
 from augcon import cst, progress, prompts
 from augcon.corpus import RootContext, read_corpus, split_corpus
 from augcon.errors import UserError, stage
-from augcon.llm import LLM, Reply, Request, Server, map_in_order
+from augcon.llm import LLM, Reply, Request, Server
+from augcon.ordered import map_in_order
 from augcon.results import Results, context_row, node_row
 from augcon.store import Store
 from augcon.text import language

@@ -35,6 +35,10 @@ class RootContext:
 
 # Reading
 
+TEXT = {".txt", ".md"}
+JSON_LINES = {".jsonl", ".ndjson"}
+BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+
 
 def read_corpus(source: str, field: str) -> Iterator[Any]:
     """The values of ``field``, a row at a time, from anything that ``datasets`` opens.
@@ -45,16 +49,22 @@ def read_corpus(source: str, field: str) -> Iterator[Any]:
 
     Raises UserError when there is no such corpus, it cannot be read, or none of its rows has the field.
     """
-    path = Path(source).expanduser()
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
+        raise UserError(f"corpus {source!r} is no path: {one_line(error)}") from error
     suffix = path.suffix.lower()
+    if path.is_file() and not path.stat().st_size:
+        raise UserError(f"corpus {source!r} is an empty file")
     if path.is_dir() and not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in {".txt", ".md"})
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT and not file.is_dir())
         if not files:
             raise UserError(f"corpus {source!r} is a folder without a saved dataset or .txt or .md files")
         return map(_read_file, files)
-    if path.is_file() and suffix in {".txt", ".md"}:
+    if path.is_file() and suffix in TEXT:
         return iter([_read_file(path)])
-    if path.is_file() and suffix in {".jsonl", ".ndjson"}:
+    if path.is_file() and suffix in JSON_LINES:
         return _read_json_lines(path, field)
     return _column(_open_dataset(source, path, suffix), source, field)
 
@@ -62,14 +72,18 @@ def read_corpus(source: str, field: str) -> Iterator[Any]:
 def _read_file(path: Path) -> str | None:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
+    except (OSError, UnicodeDecodeError):
         return None
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
     """Line by line rather than through ``datasets``, which gives up a whole file for one bad line."""
     seen: Counter[str] = Counter()
-    with path.open("rb") as lines:
+    try:
+        lines = path.open("rb")
+    except OSError as error:
+        raise UserError(f"corpus {str(path)!r} cannot be read: {one_line(error)}") from error
+    with lines:
         for line in lines:
             if not line.strip():
                 continue
@@ -87,29 +101,28 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
 
 
 def _open_dataset(source: str, path: Path, suffix: str) -> datasets.Dataset:
-    builders = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
     try:
         if path.is_dir():
             opened = datasets.load_from_disk(str(path))
-        elif path.is_file() and suffix in builders:
+        elif path.is_file() and suffix in BUILDERS:
             options = {"sep": "\t"} if suffix == ".tsv" else {}
-            opened = datasets.load_dataset(builders[suffix], data_files=str(path), **options)
+            opened = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
         elif path.is_file():
             raise UserError(
                 f"corpus {source!r}: files of this kind are not read; use .jsonl, .json, .csv, .tsv, "
                 ".parquet, .txt, .md or a dataset saved to disk"
             )
-        elif source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in builders:
+        elif source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in {*BUILDERS, *JSON_LINES, *TEXT}:
             raise UserError(f"corpus {source!r}: there is no such file or folder")
         else:
             opened = datasets.load_dataset(source)
     except UserError:
         raise
     except Exception as error:  # datasets raises whatever its many back ends raise
-        raise UserError(
-            f"corpus {source!r} is neither a file or folder here nor a dataset that can be opened: {one_line(error)}"
-        ) from error
+        problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset to be had"
+        raise UserError(f"corpus {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):
         return opened
     if "train" in opened:
@@ -177,7 +190,7 @@ def _pieces(article: str, max_length: int) -> list[str]:
     tiny = min(SHORT, max_length // 25)
     for paragraph in text.paragraphs(article):
         for sentence in text.sentences(paragraph):
-            for part in [sentence] if _size(sentence) <= max_length else _hard_cut(sentence, max_length):
+            for part in [sentence] if _size(sentence) <= max_length else _hard_cut(sentence, max(1, max_length // 10)):
                 if pieces and _size(pieces[-1]) < tiny and _size(pieces[-1] + part) <= max_length:
                     pieces[-1] += part
                 else:
@@ -185,9 +198,8 @@ def _pieces(article: str, max_length: int) -> list[str]:
     return pieces
 
 
-def _hard_cut(sentence: str, max_length: int) -> Iterator[str]:
-    """Cuts a sentence between its units into the fewest, evenly long parts of at most ``max_length``."""
-    limit = math.ceil(max_length / math.ceil(_size(sentence) / max_length))
+def _hard_cut(sentence: str, limit: int) -> Iterator[str]:
+    """Cuts a sentence between its units into parts of at most ``limit``, fine enough to choose the cuts among."""
     part, size = "", 0
     for unit in text.units(sentence):
         for piece in re.findall(rf"\s*\S{{1,{limit * CHARACTERS_PER_UNIT}}}\s*", unit):

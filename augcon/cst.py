@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar
 
 from augcon.corpus import RootContext
 from augcon.diversity import DiverseQueries, rouge_l_precision
-from augcon.llm import Refused, Reply, Request, map_in_order
+from augcon.llm import Refused, Reply, Request
+from augcon.ordered import map_in_order
 from augcon.prompts import Prompts
 from augcon.replies import Unparseable, parse_question, parse_split
 from augcon.text import length, words

@@ -1,31 +1,26 @@
-"""One async call to the LLM: limit, deadline, retries, outages, usage; and many calls in order.
+"""One async call to the LLM: limit, deadline, retries, outages, usage.
 
 Every reply goes through the store, so that a call made once is never made again.
 """
 
 import asyncio
 import dataclasses
-import datetime
-import email.utils
 import hashlib
-import itertools
 import json
 import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, TypeVar
+from collections import Counter
+from typing import Any
 
 import openai
 import stamina
 
+from augcon import faults
 from augcon.errors import UserError, one_line
 from augcon.prompts import Message, as_text
 from augcon.store import Store
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
 STRIKES = 6  # failures of one request, others succeeding meanwhile, before it is given up
+PATIENCE = 8  # seconds for a server that was started just before
 stamina.instrumentation.set_on_retry_hooks([])  # retries are counted here, not logged one by one
 
 
@@ -86,7 +81,8 @@ class LLM:
         self._store = store
         self._slots = asyncio.Semaphore(server.max_in_flight)
         self._pending: dict[bytes, asyncio.Future[Reply]] = {}
-        self._trouble_since: float | None = None  # first failure after the last success
+        self._endpoint = "/completions" if server.completions else "/chat/completions"
+        self._trouble_since: float | None = None  # first failure after the last answer
         self._successes = 0
         self._accepted: set[frozenset[str]] = set()  # sets of parameters that the server has answered
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
@@ -110,19 +106,22 @@ class LLM:
         """Finds the model on the server; returns the name it is served by.
 
         Asks for ``api_model``; when that is empty, for ``model`` or else the only model served. Raises
-        UserError when no server answers, it refuses the key, or it does not serve the model.
+        UserError when no server answers for some seconds, it refuses the key, or it does not serve the model.
         """
+        starting = stamina.retry_context(on=faults.NO_ANSWER, attempts=None, timeout=PATIENCE, wait_max=1)
         try:
-            async with asyncio.timeout(60):
-                self.served = [entry.id async for entry in self._client.models.list()]
-        except (openai.APIConnectionError, TimeoutError) as error:
+            async for attempt in starting:
+                with attempt:
+                    async with asyncio.timeout(min(60, self.server.request_timeout)):
+                        self.served = [entry.id async for entry in self._client.models.list()]
+        except faults.NO_ANSWER as error:
             raise UserError(
-                f"no server answers at {self.server.api_base} ({one_line(error.__cause__ or error)}); "
+                f"no server answers at {self.server.api_base} ({faults.words(error)}); "
                 "start one, or name another with --api-base"
             ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._wrong_key(error) from error
-        except (openai.APIError, TypeError, AttributeError):
+        except (openai.APIError, TypeError, AttributeError, ValueError):
             pass  # a gateway that does not list its models: the first call will tell
         wanted = api_model or (self.served[0] if len(self.served) == 1 else model)
         if self.served and wanted not in self.served:
@@ -137,13 +136,15 @@ class LLM:
         """
         body = self._body(request)
         key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
+        while shared := self._pending.get(key):  # the same text elsewhere in the corpus: one call serves both
+            await asyncio.wait([shared])
+            if not shared.cancelled():  # else its asker has gone, and who comes first asks
+                self.counts["shared"] += 1
+                return shared.result()
         if kept := self._store.get(key):
             self.counts["replayed"] += 1
             self._accepted.add(frozenset(body))
             return Reply(**json.loads(kept))
-        if key in self._pending:  # the same text elsewhere in the corpus: one call serves both
-            self.counts["shared"] += 1
-            return await asyncio.shield(self._pending[key])
         future = self._pending[key] = asyncio.get_running_loop().create_future()
         try:
             async with self._slots:
@@ -185,12 +186,12 @@ class LLM:
 
     async def _ask_server(self, body: dict[str, Any]) -> Reply:
         shape = frozenset(body)
-        strikes, successes_before = 0, -1
+        strikes, successes_before, alone = 0, -1, False
 
         def again(error: Exception) -> bool | float:
             """Decides about a failure: raise what it means, or wait (default or given seconds) and retry."""
-            nonlocal strikes, successes_before
-            if not isinstance(error, (openai.APIError, TimeoutError, _BadReply)):
+            nonlocal strikes, successes_before, alone
+            if not isinstance(error, (*faults.NO_ANSWER, openai.APIError, faults.BadReply)):
                 return False
             self._raise_if_final(error, shape in self._accepted)
             now = time.monotonic()
@@ -198,43 +199,52 @@ class LLM:
             if now - self._trouble_since > self.server.server_wait:
                 raise UserError(
                     f"the server at {self.server.api_base} has answered nothing for "
-                    f"{now - self._trouble_since:.0f} s ({_kind(error)}: {one_line(error)}); "
+                    f"{now - self._trouble_since:.0f} s ({faults.kind(error)}: {faults.words(error)}); "
                     "all replies so far are kept: run the same command again when it is back"
                 ) from error
-            if self._successes > successes_before >= 0 and not isinstance(error, openai.RateLimitError):
-                strikes += 1
+            limited = isinstance(error, openai.RateLimitError)
+            strikes += self._successes > successes_before >= 0 and not limited
+            alone = self._successes == successes_before and not limited
             successes_before = self._successes
             if strikes >= STRIKES - 1:
-                raise Refused(f"{_kind(error)}, {STRIKES} times") from error
-            self.counts["retries: " + _kind(error)] += 1
-            return _retry_after(error, self.server.server_wait) or True
+                raise Refused(f"{faults.kind(error)} every time, while others are answered") from error
+            self.counts["retries: " + faults.kind(error)] += 1
+            return faults.retry_after(error, self.server.server_wait) or True
 
         async for attempt in stamina.retry_context(
             on=again, attempts=None, timeout=None, wait_initial=0.5, wait_max=15, wait_jitter=1
         ):
             with attempt:
                 async with asyncio.timeout(self.server.request_timeout):
+                    if alone:  # nothing else tells whether the server is down or this request is bad
+                        await self._call({**body, **self._body(Request([{"role": "user", "content": "1"}], 0, 1))})
+                        self._succeeded(shape)
                     reply = await self._call(body)
+        self._succeeded(shape)
+        return reply
+
+    def _succeeded(self, shape: frozenset[str]) -> None:
         self._trouble_since = None
         self._successes += 1
         self._accepted.add(shape)
-        return reply
 
     async def _call(self, body: dict[str, Any]) -> Reply:
         """One HTTP call. The client's typed methods would spend 2 ms on checking a body that is fixed here."""
         self.counts["calls"] += 1
-        endpoint = "/completions" if self.server.completions else "/chat/completions"
-        response: Any = await self._client.post(endpoint, body=body, cast_to=object)
+        try:
+            response: Any = await self._client.post(self._endpoint, body=body, cast_to=object)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise faults.BadReply(f"the reply is no JSON: {one_line(error)}") from error
         try:
             choice = response["choices"][0]
-            text = (choice["text"] if self.server.completions else choice["message"]["content"]) or ""
+            text = (choice["text"] if self.server.completions else choice["message"].get("content")) or ""
             finish_reason = choice["finish_reason"]
             usage = response.get("usage") or {}
-            prompt_tokens, reply_tokens = usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0)
+            prompt_tokens, reply_tokens = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
         except (AttributeError, TypeError, IndexError, KeyError) as error:
-            raise _BadReply(f"the reply is none of the OpenAI protocol: {response!r:.200}") from error
+            raise faults.BadReply(f"the reply is none of the OpenAI protocol: {response!r:.200}") from error
         if not isinstance(text, str):
-            raise _BadReply(f"the reply's content is no text: {text!r:.200}")
+            raise faults.BadReply(f"the reply's content is no text: {text!r:.200}")
         self.counts["prompt tokens"] += prompt_tokens
         self.counts["reply tokens"] += reply_tokens
         return Reply(text, complete=finish_reason != "length")
@@ -245,16 +255,22 @@ class LLM:
             raise self._wrong_key(error) from error
         if not isinstance(error, openai.APIStatusError):
             return
-        message = _message(error)
+        message = faults.message(error)
         if error.code == "insufficient_quota":
             raise UserError(f"the server's account is used up: {message}") from error
+        if error.status_code == 413 or any(sign in str(error.body).lower() for sign in faults.TOO_LONG):
+            self._trouble_since = None
+            raise Refused("context too long for the model") from error
         if error.status_code >= 500 or error.status_code in {408, 409, 425, 429}:
             return
-        if error.status_code == 404:
+        self._trouble_since = None
+        if error.status_code == 404 and "model" in message.lower():
             raise UserError(f"{self._unknown_model(self.model)} ({message})") from error
-        lowered = message.lower()
-        if error.status_code == 413 or any(sign in lowered for sign in _TOO_LONG):
-            raise Refused("context too long for the model") from error
+        if error.status_code == 404:
+            raise UserError(
+                f"the server at {self.server.api_base} has no {self._endpoint} (status 404: {message}); "
+                "correct --api-base, which usually ends in /v1"
+            ) from error
         if accepted or error.code == "content_filter":
             raise Refused(f"refused with status {error.status_code}") from error
         raise UserError(f"the server refuses this kind of request (status {error.status_code}): {message}") from error
@@ -271,80 +287,3 @@ class LLM:
             f"the server at {self.server.api_base} does not serve {wanted!r}; it offers {offered}; "
             "name one with --api-model"
         )
-
-
-class _BadReply(Exception):
-    """An answer with status 200 that is not one of the protocol (a proxy's page, an empty list)."""
-
-
-_TOO_LONG = (
-    "context length",
-    "context_length",
-    "maximum context",
-    "max_model_len",
-    "maximum model length",
-    "too long",
-)
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    return one_line(Exception(body.get("message") or error.message))
-
-
-def _kind(error: Exception) -> str:
-    if isinstance(error, (TimeoutError, openai.APITimeoutError)):
-        return "timeout"
-    if isinstance(error, openai.APIStatusError):
-        return f"status {error.status_code}"
-    return "bad reply" if isinstance(error, _BadReply) else "connection lost"
-
-
-def _retry_after(error: Exception, limit: float) -> float | None:
-    """Seconds that the server asks to wait (header Retry-After, in seconds or as a date), at most ``limit``."""
-    value = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
-    if value is None:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            when = email.utils.parsedate_to_datetime(value)
-            seconds = (when - datetime.datetime.now(when.tzinfo or datetime.UTC)).total_seconds()
-        except (ValueError, TypeError):
-            return None
-    return min(max(seconds, 0.0), limit) if seconds == seconds else None
-
-
-async def map_in_order(
-    function: Callable[[Item], Awaitable[Result]], items: Iterable[Item], window: int
-) -> AsyncIterator[Result]:
-    """``function`` of each item, many at once, the results in the order of the items.
-
-    At most ``window`` items are begun and not yet handed on, so that memory stays bounded however long
-    the iterable is. The first exception, wherever it arises, ends all.
-    """
-    failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    def notice(task: asyncio.Task[Result]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not failed.done():
-            failed.set_exception(error)
-
-    begun: deque[asyncio.Task[Result]] = deque()
-    source = iter(items)
-    try:
-        while True:
-            for item in itertools.islice(source, window - len(begun)):
-                begun.append(asyncio.ensure_future(function(item)))
-                begun[-1].add_done_callback(notice)
-            if not begun:
-                return
-            await asyncio.wait([begun[0], failed], return_when=asyncio.FIRST_COMPLETED)
-            if failed.done():
-                failed.result()
-            yield begun.popleft().result()
-    finally:
-        failed.cancel()
-        for task in begun:
-            task.cancel()
-        await asyncio.gather(*begun, return_exceptions=True)

@@ -31,8 +31,8 @@ def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
     question_label = _find(visible, _question_labels(prompts), 0)
     if not question_label:
         raise Unparseable("no question")
-    first = _find(visible, _half_labels(prompts, 0), question_label.end())
-    second = first and _find(visible, _half_labels(prompts, 1), first.end())
+    first = _find_half(visible, prompts, 0, question_label.end())
+    second = first and _find_half(visible, prompts, 1, first.end())
     if not first or not second:
         raise Unparseable("no halves")
     question = _question(visible[question_label.end() : first.start()], prompts)
@@ -45,7 +45,7 @@ def parse_question(reply: str, prompts: Prompts) -> str:
     label = _find(visible, _question_labels(prompts), 0)
     if not label:
         raise Unparseable("no question")
-    first = _find(visible, _half_labels(prompts, 0), label.end())
+    first = _find_half(visible, prompts, 0, label.end())
     return _question(visible[label.end() : first.start() if first else None], prompts)
 
 
@@ -59,16 +59,21 @@ def _question_labels(prompts: Prompts) -> str:
     return "|".join(map(re.escape, sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True)))
 
 
-def _half_labels(prompts: Prompts, index: int) -> str:
-    return rf"{re.escape(prompts.labels.halves[index])}|(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}"
+def _find_half(text: str, prompts: Prompts, index: int, start: int) -> re.Match[str] | None:
+    """The label of a half: ours if it is there, else another word for it, which the text itself may also hold."""
+    others = rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}"
+    return _find(text, re.escape(prompts.labels.halves[index]), start) or _find(text, others, start)
 
 
 def _find(text: str, labels: str, start: int) -> re.Match[str] | None:
-    """The first line from ``start`` that begins with a label: in bold, or before a colon, or alone."""
-    label = rf"[【\[]?(?:{labels})[ \t]*[】\]]?[ \t]*"
-    bold = rf"(?P<mark>[*_]{{1,3}}){label}[:：]?[ \t]*(?P=mark)[ \t]*[:：]?"
+    """The first line from ``start`` that begins with a label: in bold, or before a colon, or alone.
+
+    Each repetition is possessive, so that the time stays linear whatever a model repeats.
+    """
+    label = rf"[【\[]?(?:{labels})[ \t]*+[】\]]?+[ \t]*+"
+    bold = rf"(?P<mark>[*_]{{1,3}}){label}[:：]?+[ \t]*+(?P=mark)[ \t]*+[:：]?"
     plain = rf"[*_]{{0,3}}{label}(?:[:：]|$)"
-    line = rf"^[ \t>#\-•]*(?:\*[ \t]+)?(?:{bold}|{plain})"
+    line = rf"^[ \t>#\-•]*+(?:\*[ \t]++|\d{{1,2}}[.、)][ \t]*+)?(?:{bold}|{plain})"
     return re.compile(line, re.IGNORECASE | re.MULTILINE).search(text, start)
 
 
@@ -76,7 +81,8 @@ def _question(written: str, prompts: Prompts) -> str:
     lines = [line.strip(" \t*_#>") for line in written.splitlines()]
     lines = [line for line in lines if line]
     question = " ".join(lines[:1] if lines and lines[0].endswith(("?", "？")) else lines)
-    question = question.removeprefix("“").removesuffix("”") if re.fullmatch("“[^“”]*”", question) else question
+    if re.fullmatch('“[^“”]*”|"[^"]*"|「[^「」]*」', question):
+        question = question[1:-1].strip()
     if len(question) < SHORTEST_QUESTION:
         raise Unparseable("question too short")
     if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
@@ -88,7 +94,10 @@ def _question(written: str, prompts: Prompts) -> str:
 
 def _half(written: str) -> str:
     """A half without what belongs to the reply's form: marks left open, closing rules, words for "empty"."""
-    half = re.sub(r"(?:\n\s*(?:-{3,}|\*{3,}|={3,}))+$", "", written.strip()).rstrip()
+    lines = written.strip().split("\n")
+    while lines and re.fullmatch(r"\s*(?:-{3,}|\*{3,}|={3,}|)\s*", lines[-1]):
+        lines.pop()
+    half = "\n".join(lines).rstrip()
     for mark in ("```", "**"):
         if half.count(mark) % 2:
             half = half.removesuffix(mark).rstrip()

@@ -5,6 +5,7 @@ next one together (group commit).
 """
 
 import asyncio
+import contextlib
 import queue
 import sqlite3
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from augcon.errors import UserError, one_line
 
-_Item = tuple[bytes, str, asyncio.Future[None], asyncio.AbstractEventLoop]
+_Item = tuple[bytes, bytes, asyncio.Future[None], asyncio.AbstractEventLoop]
 
 
 class Store:
@@ -33,6 +34,7 @@ class Store:
                 "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
             )
             self._reader = self._connect()
+            self._reader.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         except sqlite3.Error as error:
             raise self._trouble(error) from error
         self._thread.start()
@@ -54,9 +56,11 @@ class Store:
 
     async def put(self, key: bytes, reply: str) -> None:
         """Keeps a reply; returns once it is committed and would survive the process being killed."""
+        if not self._thread.is_alive():
+            raise RuntimeError("the store is closed")
         loop = asyncio.get_running_loop()
         committed: asyncio.Future[None] = loop.create_future()
-        self._queue.put((key, reply, committed, loop))
+        self._queue.put((key, reply.encode("utf-8", "surrogatepass"), committed, loop))
         await committed
 
     def _connect(self) -> sqlite3.Connection:
@@ -79,15 +83,17 @@ class Store:
         error: Exception | None = None
         try:
             self._writer.execute("BEGIN")
-            self._writer.executemany("INSERT OR REPLACE INTO replies VALUES (?, ?)", [item[:2] for item in batch])
+            self._writer.executemany(
+                "INSERT OR REPLACE INTO replies VALUES (?, CAST(? AS TEXT))", [item[:2] for item in batch]
+            )
             self._writer.execute("COMMIT")
         except sqlite3.Error as failure:
             error = self._trouble(failure)
-            if self._writer.in_transaction:
+            with contextlib.suppress(sqlite3.Error):  # a full disk has rolled back already
                 self._writer.execute("ROLLBACK")
-        loop = batch[0][3]
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_settle, [item[2] for item in batch], error)
+        for loop in {item[3] for item in batch}:
+            with contextlib.suppress(RuntimeError):  # a loop that is closed has nobody waiting
+                loop.call_soon_threadsafe(_settle, [item[2] for item in batch if item[3] is loop], error)
 
     def _trouble(self, error: sqlite3.Error) -> UserError:
         return UserError(

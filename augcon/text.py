@@ -17,8 +17,9 @@ Language = Literal["zh", "en"]
 
 # Han with its extensions, kana, hangul, bopomofo, CJK and full-width punctuation; and the marks that Chinese
 # shares with Latin text (curly quotes, dash, ellipsis, middle dot), but not the apostrophe inside a word.
+# The ideographic space U+3000 is white space like any other.
 _CJK = (
-    "\u2e80-\u2fdf\u3000-\u303f\u3040-\u30ff\u3100-\u312f\u3130-\u318f\u31a0-\u31ff\u3200-\u4dbf"
+    "\u2e80-\u2fdf\u3001-\u303f\u3040-\u30ff\u3100-\u312f\u3130-\u318f\u31a0-\u31ff\u3200-\u4dbf"
     "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 )
 _SHARED = "“”‘’—…·"

@@ -83,12 +83,13 @@ def report(options: argparse.Namespace, running: list[float], seconds: float, ou
     calls = int(re.search(r"^calls: +([\d,]+)", output, re.MULTILINE)[1].replace(",", ""))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(output)
-    print(
-        f"| limit | latency | mean in flight while there was work | of the limit | calls/s (ideal {limit / options.latency:.0f}) |"
-    )
-    print("|---|---|---|---|---|")
     mean = statistics.mean(busy)
-    print(f"| {limit} | {options.latency} s | {mean:.1f} | {mean / limit:.1%} | {calls / seconds:.0f} overall |")
+    print("| limit | latency | mean in flight while there was work | of the limit | calls/s, whole run | ideal |")
+    print("|---|---|---|---|---|---|")
+    print(
+        f"| {limit} | {options.latency} s | {mean:.1f} | {mean / limit:.1%} "
+        f"| {calls / seconds:.0f} | {limit / options.latency:.0f} |"
+    )
     print(f"client and engine together: {1000 * (used.ru_utime + used.ru_stime) / calls:.2f} ms of CPU a call")
 
 

@@ -1,5 +1,6 @@
 """The commands of the README, as a newcomer types them."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,9 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, free_port
 
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "results*", "__pycache__", ".*_cache", ".hypothesis")
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "results", "results-*", "__pycache__", ".*_cache", ".hypothesis")
 
 
 def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
@@ -19,26 +20,31 @@ def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
     commands = "".join(blocks)
     assert len(blocks) == 3 and "step1_gen_q.py" in commands
     # The environment of the tests stands for the one that install.sh would make: it has all, so nothing is installed.
+    port = free_port()  # 8000 may be somebody's
     commands = commands.replace("source .venv/bin/activate", f"source {sys.prefix}/bin/activate")
-    commands = commands.replace("python -m augcon.demo_engine &", "python -m augcon.demo_engine & sleep 3")
+    commands = commands.replace("python -m augcon.demo_engine &", f"python -m augcon.demo_engine --port {port} &")
     project = tmp_path / "project"
     shutil.copytree(ROOT, project, ignore=NOT_COPIED)
-    shell = subprocess.Popen(
-        ["bash", "-euo", "pipefail", "-c", commands],
-        cwd=project,
-        env={**clean_environment(), "VIRTUAL_ENV": sys.prefix},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = shell.communicate(timeout=200)
-    except subprocess.TimeoutExpired:
-        output = ""
-    finally:
-        os.killpg(shell.pid, signal.SIGTERM)
-    assert shell.returncode == 0, output
+    with (tmp_path / "output").open("w+") as output:
+        shell = subprocess.Popen(
+            ["bash", "-euo", "pipefail", "-c", commands],
+            cwd=project,
+            env={
+                **clean_environment(),
+                "VIRTUAL_ENV": sys.prefix,
+                "AUGCON_API_BASE": f"http://127.0.0.1:{port}/v1",
+            },
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            status = shell.wait(timeout=200)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(shell.pid, signal.SIGTERM)  # the engine in the background too
+        output.seek(0)
+        assert status == 0, output.read()
     assert (project / "results" / "queries.json").exists() and (project / "results-mine" / "scorer_pairs").exists()
 
 

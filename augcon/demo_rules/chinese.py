@@ -134,7 +134,7 @@ def _terms(tokens: list[Token], chunks: list[tuple[int, int]], clause: str) -> I
         if weight > 4 and len(term) <= 24:
             yield term, weight
         if number + 1 < len(chunks) and j + 1 == chunks[number + 1][0] and tokens[j][0] == "的":
-            head, end = chunks[number + 1]
+            _head, end = chunks[number + 1]
             longer = _phrase(tokens, clause, i, end)
             if len(longer) <= 12 and weight > 4 and _rarity(tokens[end - 1][0]) > 0:
                 yield longer, weight + 1

@@ -30,7 +30,7 @@ def read(prose: str) -> Reading:
         before = words[start - 1].lower() if start else ""
         after = words[end].lower() if end < len(words) else "."
         run = words[start:end]
-        if run[-1].endswith("s") and not _AFTER_NOUN.fullmatch(after) or after in _ARTICLES | _OWN:
+        if (run[-1].endswith("s") and not _AFTER_NOUN.fullmatch(after)) or after in _ARTICLES | _OWN:
             run = words[start : end - 1]  # the last one is probably a verb
         if not _BEFORE_NOUN.fullmatch(before) or not run or end - start > 3:
             continue

@@ -82,8 +82,8 @@ def _answer_turns(prompt: str, prompts: Prompts) -> list[str]:
     turns, turn = [], ""
     for piece in re.split(f"\n\n(?={re.escape(context_label(prompts))})", prompt):
         turn += ("\n\n" if turn else "") + piece
-        before, mark, rest = piece.rpartition(asks)
-        question, _, answer = rest.partition("\n\n")
+        _before, mark, rest = piece.rpartition(asks)
+        _question, _, answer = rest.partition("\n\n")
         if mark and answer:
             turns += [turn.removesuffix(f"\n\n{answer}"), answer]
             turn = ""

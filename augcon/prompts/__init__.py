@@ -96,7 +96,8 @@ class Prompts:
 
     def question_pattern(self) -> str:
         """The same for a reply that ends after the question."""
-        return self.line(_literal(self.labels.question), r"[^\n]{5,120}")
+        longest = 120 if self.language == "zh" else 300
+        return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
     def end_of_question(self) -> tuple[str, ...]:
         """Stop strings after the question, where the halves are not needed."""
@@ -160,6 +161,7 @@ def load_prompts(language: Language) -> Prompts:
     path = _FOLDER / f"{language}.toml"
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
+        _check_texts(data, "")
         cst = data["cst"]
         prompts = Prompts(
             language=language,
@@ -183,7 +185,21 @@ def load_prompts(language: Language) -> Prompts:
     return prompts
 
 
+def _check_texts(value: object, key: str) -> None:
+    """Raises ValueError, with the key, where a text is missing or is none; the half of an example may be empty."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_texts(inner, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_texts(inner, key)
+    elif not isinstance(value, str) or not (value.strip() or key == "cst.examples.halves"):
+        raise ValueError(f"{key} must be a text, not {value!r}")
+
+
 def _pair(texts: list[str]) -> tuple[str, str]:
+    if not isinstance(texts, list) or len(texts) != 2:
+        raise ValueError(f"halves must be a list of two texts, not {texts!r}")
     first, second = texts
     return first.strip(), second.strip()
 
