@@ -69,32 +69,45 @@ async def grow_tree(
     ``pass_number`` draws fresh samples. Raises what ``ask`` raises, save Refused, which ends a node.
     """
 
-    async def visit(context: str, size: int, cut: list[str], path: str, share: float) -> list[Node]:
+    async def visit(spot: _Spot) -> list[Node]:
         def node(outcome: Outcome, query: str | None = None, detail: str = "") -> Node:
-            return Node(root.root, path, pass_number, context, query, outcome, detail)
+            return Node(root.root, spot.path, pass_number, spot.context, query, outcome, detail)
 
-        if size < rules.min_length or share < _SMALLEST_SHARE * rules.min_length:
+        if spot.size < rules.min_length or spot.share < _SMALLEST_SHARE * rules.min_length:
             return [node("too short")]
         try:
-            query, halves = await _query_and_split(ask, prompts, context, rules, pass_number)
+            query, halves = await _query_and_split(ask, prompts, spot.context, rules, pass_number)
         except Unparseable as error:
             return [node("not parseable", detail=str(error))]
         except Refused as error:
             return [node("failed", detail=str(error))]
         sizes = [length(half) for half in halves]
-        if max(sizes) >= size:
+        if max(sizes) >= spot.size:
             return [node("done", query, "not shorter")]
         cuts = [words(half) for half in halves]
-        if min(rouge_l_precision(half, cut) for half in cuts) < rules.rouge_threshold:
+        if min(rouge_l_precision(half, spot.words) for half in cuts) < rules.rouge_threshold:
             return [node("hallucinated", query)]
-        shares = [share * min(half / (sum(sizes) or 1), _LARGEST_HALF) for half in sizes]
-        first, second = await asyncio.gather(
-            *(visit(half, sizes[i], cuts[i], f"{path}{i + 1}", shares[i]) for i, half in enumerate(halves))
-        )
+        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
+        spots = [_Spot(half, sizes[i], cuts[i], f"{spot.path}{i + 1}", shares[i]) for i, half in enumerate(halves)]
+        if min(sizes) < rules.min_length:  # at most one of them is asked: no need for two tasks
+            first, second = [await visit(spot) for spot in spots]
+        else:
+            first, second = await asyncio.gather(*map(visit, spots))
         return [node("done", query), *first, *second]
 
     context = root.text.strip()
-    return await visit(context, root.length, words(context), "", float(root.length))
+    return await visit(_Spot(context, root.length, words(context), "", root.length))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spot:
+    """Where a tree has grown to: a context not yet asked, with its length and words and its share of the root."""
+
+    context: str
+    size: int
+    words: list[str]
+    path: str
+    share: float
 
 
 async def _query_and_split(

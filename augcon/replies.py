@@ -4,6 +4,7 @@ Models add talk, markdown, other colons and thinking blocks, and contexts may co
 included. A part begins at the first line that starts with its label after the part before.
 """
 
+import functools
 import re
 
 from augcon.prompts import Prompts
@@ -28,7 +29,7 @@ def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
     Raises Unparseable when a part is missing, or the question is unusable.
     """
     visible = _without_thinking(reply)
-    question_label = _find(visible, _question_labels(prompts), 0)
+    question_label = _find_question(visible, prompts)
     if not question_label:
         raise Unparseable("no question")
     first = _find_half(visible, prompts, 0, question_label.end())
@@ -42,7 +43,7 @@ def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
 def parse_question(reply: str, prompts: Prompts) -> str:
     """The query alone, from a reply that may end after it. Raises Unparseable as ``parse_split``."""
     visible = _without_thinking(reply)
-    label = _find(visible, _question_labels(prompts), 0)
+    label = _find_question(visible, prompts)
     if not label:
         raise Unparseable("no question")
     first = _find_half(visible, prompts, 0, label.end())
@@ -55,18 +56,21 @@ def _without_thinking(reply: str) -> str:
     return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
 
 
-def _question_labels(prompts: Prompts) -> str:
-    return "|".join(map(re.escape, sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True)))
+def _find_question(text: str, prompts: Prompts) -> re.Match[str] | None:
+    labels = tuple(sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True))
+    return _label_line("|".join(map(re.escape, labels))).search(text)
 
 
 def _find_half(text: str, prompts: Prompts, index: int, start: int) -> re.Match[str] | None:
     """The label of a half: ours if it is there, else another word for it, which the text itself may also hold."""
-    others = rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}"
-    return _find(text, re.escape(prompts.labels.halves[index]), start) or _find(text, others, start)
+    ours = _label_line(re.escape(prompts.labels.halves[index]))
+    others = _label_line(rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}")
+    return ours.search(text, start) or others.search(text, start)
 
 
-def _find(text: str, labels: str, start: int) -> re.Match[str] | None:
-    """The first line from ``start`` that begins with a label: in bold, or before a colon, or alone.
+@functools.cache
+def _label_line(labels: str) -> re.Pattern[str]:
+    """A line that begins with a label: in bold, or before a colon, or alone.
 
     Each repetition is possessive, so that the time stays linear whatever a model repeats.
     """
@@ -74,7 +78,7 @@ def _find(text: str, labels: str, start: int) -> re.Match[str] | None:
     bold = rf"(?P<mark>[*_]{{1,3}}){label}[:：]?+[ \t]*+(?P=mark)[ \t]*+[:：]?"
     plain = rf"[*_]{{0,3}}{label}(?:[:：]|$)"
     line = rf"^[ \t>#\-•]*+(?:\*[ \t]++|\d{{1,2}}[.、)][ \t]*+)?(?:{bold}|{plain})"
-    return re.compile(line, re.IGNORECASE | re.MULTILINE).search(text, start)
+    return re.compile(line, re.IGNORECASE | re.MULTILINE)
 
 
 def _question(written: str, prompts: Prompts) -> str:

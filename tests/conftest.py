@@ -11,7 +11,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+hypothesis.settings.register_profile("augcon", deadline=None)  # a first call may load jieba's dictionary
+hypothesis.settings.load_profile("augcon")
 
 ROOT = Path(__file__).parent.parent
 SHARED_CORPUS = ROOT.parent / "shared" / "data" / "corpus_zh_free.jsonl"

@@ -88,11 +88,12 @@ class Prompts:
     def cst_pattern(self, max_length: int) -> str:
         """A regular expression of well-formed replies, for servers that can be held to one.
 
-        Halves are bounded at twice the longest context (in characters; ten to an English word).
+        Halves are bounded at twice the longest context (in characters; ten to an English word); the second
+        may be empty.
         """
         half = rf"[^\n].{{0,{2 * max_length * (1 if self.language == 'zh' else 10)}}}"
-        halves = [self.line(_literal(label), half) for label in self.labels.halves]
-        return r"\n".join([self.question_pattern(), *halves])
+        first, second = map(_literal, self.labels.halves)
+        return r"\n".join([self.question_pattern(), self.line(first, half), self.line(second, f"({half})?")])
 
     def question_pattern(self) -> str:
         """The same for a reply that ends after the question."""
@@ -143,7 +144,8 @@ def as_text(messages: list[Message]) -> str:
 # Servers turn special tokens that stand in a message into the real ones: a text that contains them could
 # end its own turn and speak as the system, or open a thinking block. A space inside makes them plain text.
 _TEMPLATE_MARK = re.compile(
-    r"<(?=[|｜]|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)|\[(?=/?INST\])"
+    r"<(?=[|｜]|<SYS>>|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)"
+    r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
 )
 
 

@@ -1,0 +1,182 @@
+"""Settings: the paper's defaults, a clear precedence, one line on what is amiss, and no key on any screen."""
+
+import os
+import sys
+
+import pytest
+from pydantic import ValidationError
+
+from augcon.errors import UserError
+from config import PREFIX, Settings, load_settings
+
+PAPER = {
+    "max_length": 500,
+    "min_length": 20,
+    "quota_unit": 35,
+    "rouge_threshold": 0.7,
+    "query_temperature": 0.85,
+    "query_max_tokens": 1024,
+    "tries": 4,
+    "oversample": 1.15,
+    "negatives": 500,
+    "model": "Qwen/Qwen1.5-32B-Chat",
+    "corpus": "DailyM",
+    "text_field": "article",
+    "results": "results",
+}
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Settings from a command line and an environment."""
+    for name in [name for name in os.environ if name.upper().startswith(PREFIX)]:
+        monkeypatch.delenv(name)
+
+    def load(*flags: str, **environment: str) -> Settings:
+        monkeypatch.setattr(sys, "argv", ["step1_gen_q.py", *flags])
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        return load_settings("What this script does.")
+
+    return load
+
+
+@pytest.fixture
+def refused(load):
+    """The one line that a user is told."""
+
+    def refused(*flags: str, **environment: str) -> str:
+        with pytest.raises(UserError) as error:
+            load(*flags, **environment)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return refused
+
+
+def test_defaults_are_the_papers(load):
+    settings = load()
+    assert {name: getattr(settings, name) for name in PAPER} == PAPER
+
+
+def test_a_flag_outranks_the_environment_and_that_the_file(load):
+    assert load().min_length == 20
+    assert load(AUGCON_MIN_LENGTH="30").min_length == 30
+    assert load("--min-length", "40", AUGCON_MIN_LENGTH="30").min_length == 40
+    assert load("--min-length=20", AUGCON_MIN_LENGTH="30").min_length == 20
+
+
+def test_switches_are_flags_and_environment(load):
+    assert load("--completions").completions
+    assert load(AUGCON_COMPLETIONS="1").completions
+    assert not load("--no-completions", AUGCON_COMPLETIONS="1").completions
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--nope", "3"], ["--nope"]),
+        (["--nope=3"], ["--nope"]),
+        (["--min_length", "3"], ["--min_length"]),
+        (["--min", "3"], ["--min"]),
+        (["stray"], ["stray"]),
+        (["--min-length"], ["--min-length", "expected one argument"]),
+        (["--min-length", "x"], ["--min-length", "'x'", "integer"]),
+        (["--min-length", ""], ["--min-length", "''"]),
+        (["--min-length", "0"], ["--min-length", "'0'"]),
+        (["--min-length", "2.5"], ["--min-length", "'2.5'"]),
+        (["--max-length", "19"], ["--max-length", "'19'"]),
+        (["--min-length", "600"], ["--min-length 600", "--max-length 500"]),
+        (["--rouge-threshold", "0"], ["--rouge-threshold", "'0'"]),
+        (["--rouge-threshold", "1.1"], ["--rouge-threshold", "'1.1'"]),
+        (["--rouge-threshold", "nan"], ["--rouge-threshold", "'nan'"]),
+        (["--oversample", "0.9"], ["--oversample", "'0.9'"]),
+        (["--oversample", "inf"], ["--oversample", "'inf'"]),
+        (["--request-timeout", "inf"], ["--request-timeout", "'inf'"]),
+        (["--query-temperature", "-1"], ["--query-temperature", "'-1'"]),
+        (["--seed", "2147483648"], ["--seed", "'2147483648'"]),
+        (["--language", "fr"], ["--language", "'fr'", "'zh'"]),
+        (["--api-base", "localhost:8000"], ["--api-base", "'localhost:8000'"]),
+        (["--corpus", " "], ["--corpus", "' '"]),
+        (["--results", ""], ["--results", "''"]),
+        (["--completions=maybe"], ["--completions", "'maybe'"]),
+        (["--min-length", "x", "--seed", "y"], ["--min-length", "'x'", "--seed", "'y'"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_an_impossible_command_line_is_told_by_setting_and_value(refused, flags, said):
+    message = refused(*flags)
+    assert all(part in message for part in said), message
+
+
+def test_an_impossible_environment_is_told_by_setting_and_value(refused):
+    message = refused(AUGCON_MIN_LENGTH="x")
+    assert "--min-length" in message and "'x'" in message
+
+
+def test_an_unknown_variable_is_told_by_name_without_its_value(refused):
+    message = refused(AUGCON_APIKEY="sk-secret")
+    assert "AUGCON_APIKEY" in message and "sk-secret" not in message
+
+
+def test_lengths_may_be_equal(load):
+    assert load("--min-length", "500").min_length == 500
+
+
+# The key
+
+
+def test_the_key_is_had_but_never_shown(load):
+    settings = load("--api-key", "sk-secret")
+    assert settings.api_key.get_secret_value() == "sk-secret"
+    assert "sk-secret" not in f"{settings.describe()} {settings!r} {settings.made_with()} {settings.model_dump_json()}"
+    assert "api_key" not in settings.made_with()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--api_key", "sk-secret"],
+        ["--api-kye=sk-secret"],
+        ["--key", "sk-secret", "--nope"],
+        ["--api-key", "sk-secret", "--min-length", "x"],
+        ["--api-key", "sk-secret", "--min-length", "600"],
+        ["--api-key", "sk-secret", "--seed"],
+    ],
+    ids=" ".join,
+)
+def test_no_error_shows_the_key(refused, flags):
+    assert "sk-secret" not in refused(*flags, AUGCON_API_KEY="sk-secret")
+
+
+# What is shown
+
+
+def test_help_names_every_setting_with_its_reason_and_default(load, capsys):
+    with pytest.raises(SystemExit) as exit:
+        load("--help", AUGCON_API_KEY="sk-secret")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert exit.value.code == 0
+    assert "What this script does." in shown and "sk-secret" not in shown
+    for name, field in Settings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in shown
+        assert len(field.description) > 15 and " ".join(field.description.split()) in shown
+        assert name == "api_key" or f"(default: {field.default})" in shown
+
+
+def test_describe_names_every_setting_and_stars_the_changed(load):
+    shown = load("--min-length", "30").describe()
+    assert all(f"{name}=" in shown for name in Settings.model_fields)
+    assert "min_length=30*" in shown and "max_length=500 " in shown
+    assert max(map(len, shown.splitlines())) <= 110
+
+
+def test_what_made_the_results_is_what_changes_them(load):
+    made_with = load("--seed", "7").made_with()
+    assert made_with["seed"] == (1, 7) and made_with["corpus"] == (1, "DailyM") and made_with["model"][0] == 2
+    assert not {"results", "api_base", "api_key", "max_in_flight", "server_wait"} & set(made_with)
+
+
+def test_settings_do_not_change_under_way(load):
+    with pytest.raises(ValidationError):
+        load().seed = 3
