@@ -11,18 +11,16 @@ import asyncio
 import gc
 import hashlib
 import itertools
-import json
 import math
-import random
 import time
 from collections import Counter
 
-from augcon import cst, progress, prompts
+from augcon import cst, pairs, progress, prompts
 from augcon.corpus import RootContext, read_corpus, split_corpus
 from augcon.errors import UserError, stage
 from augcon.llm import LLM, Reply, Request, Server
 from augcon.ordered import map_in_order
-from augcon.results import Results, context_row, node_row
+from augcon.results import Results, context_row
 from augcon.store import Store
 from augcon.text import language
 from config import Settings, load_settings
@@ -112,23 +110,11 @@ def prompts_for(settings: Settings, root: RootContext) -> prompts.Prompts:
     return prompts.load_prompts(language(root.text) if settings.language == "auto" else settings.language)
 
 
-Query = tuple[int, str, str]  # root, context, query
-
-
-async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list[RootContext]) -> list[Query]:
-    """Grows the trees of every root context and writes nodes and queries; returns a random sample of queries."""
-    wanted = 2 * len(cst.NEGATIVES) * settings.negatives  # twice what is needed: some negatives are thrown away
-    sample = Reservoir(wanted, settings.seed)
-    fates: Counter[str] = Counter()
-    short = []
-    passes = diverse = 0
+async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list[RootContext]) -> list[pairs.Query]:
+    """Grows the trees of every root context and writes them; returns a random sample of their queries."""
+    tally = Tally(settings)
     share = {root.root: math.ceil(settings.oversample * root.quota) for root in roots}  # of the progress
-
-    with (
-        progress.bar(sum(share.values()), "trees", "queries") as bar,
-        results.writing(results.nodes) as nodes_file,
-        results.writing(results.queries) as queries_file,
-    ):
+    with progress.bar(sum(share.values()), "trees", "queries") as bar, results.writing_trees() as write:
 
         async def fill(root: RootContext) -> cst.RootResult:
             left = share[root.root]
@@ -145,56 +131,60 @@ async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list
             bar.update(left)
             return result
 
-        separator = "{"
         async for result in map_in_order(fill, roots, 2 * settings.max_in_flight):
-            for node in result.nodes:
-                nodes_file.write(json.dumps(node_row(node), ensure_ascii=False) + "\n")
-                fates[node.outcome] += 1
-            queries = [[node.context, node.query] for node in result.nodes if node.query]
-            queries_file.write(f'{separator}\n"{result.root.root}": {json.dumps(queries, ensure_ascii=False)}')
-            separator = ","
-            for context, query in queries:
-                sample.offer((result.root.root, context, query))
-            passes, diverse = passes + result.passes, diverse + result.diverse
-            if result.shortfall:
-                short.append({"root": result.root.root, "quota": result.root.quota, "reason": result.shortfall})
-        queries_file.write("\n}\n")
-    results.write_lines(results.short_roots, short)
-
-    quota = sum(root.quota for root in roots)
-    print(f"trees:   {fates.total():,} nodes in {passes:,} passes: {say(fates)}")
-    print(
-        f"queries: {sample.offered:,}, of which mutually diverse within their root {diverse:,} "
-        f"({diverse / quota:.2f} of the quota)"
-    )
-    print(f"roots:   {len(roots) - len(short):,} of {len(roots):,} have their quota", end="")
-    print(f"; the others are listed with the reason in {results.short_roots}" if short else "")
-    return sample.kept
+            write(result.root.root, result.nodes)
+            tally.add(result)
+    results.write_lines(results.short_roots, tally.short)
+    tally.report(results)
+    return tally.sample.kept
 
 
-class Reservoir:
-    """A uniform random sample of a stream of unknown length, the same for the same stream and seed."""
+class Tally:
+    """The figures of the trees as they come, and a sample of their queries for the scorer's pairs."""
 
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.offered, self.kept = size, 0, list[Query]()
-        self._random = random.Random(seed)
+    def __init__(self, settings: Settings) -> None:
+        self.fates: Counter[str] = Counter()
+        self.reasons: Counter[str] = Counter()
+        self.short: list[dict[str, int | str]] = []
+        self.roots = self.quota = self.passes = self.diverse = 0
+        # Twice what the pairs need: some negatives are thrown away.
+        self.sample = pairs.Reservoir(2 * len(pairs.NEGATIVES) * settings.negatives, settings.seed)
 
-    def offer(self, item: Query) -> None:
-        """Takes the next item of the stream."""
-        self.offered += 1
-        if len(self.kept) < self.size:
-            self.kept.append(item)
-        elif (place := self._random.randrange(self.offered)) < self.size:
-            self.kept[place] = item
+    def add(self, result: cst.RootResult) -> None:
+        """Counts the trees of one root context."""
+        self.roots += 1
+        self.quota += result.root.quota
+        self.passes += result.passes
+        self.diverse += result.diverse
+        for node in result.nodes:
+            self.fates[node.outcome] += 1
+            if node.query is not None:
+                self.sample.offer((node.root, node.context, node.query))
+            elif node.detail:
+                self.reasons[f"{node.outcome}: {node.detail}"] += 1
+        if result.shortfall:
+            self.short.append({"root": result.root.root, "quota": result.root.quota, "reason": result.shortfall})
+
+    def report(self, results: Results) -> None:
+        """Prints the figures."""
+        print(f"trees:   {self.fates.total():,} nodes in {self.passes:,} passes: {say(self.fates)}")
+        if self.reasons:
+            print(f"lost:    {say(self.reasons)}")
+        print(
+            f"queries: {self.sample.offered:,}, of which mutually diverse within their root {self.diverse:,} "
+            f"({self.diverse / self.quota:.2f} of the quota)"
+        )
+        print(f"roots:   {self.roots - len(self.short):,} of {self.roots:,} have their quota", end="")
+        print(f"; the others are listed with the reason in {results.short_roots}" if self.short else "")
 
 
 async def make_pairs(
-    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[Query]
+    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[pairs.Query]
 ) -> None:
     """Makes the scorer's pairs, as many of each type, and writes them."""
-    pairs: dict[str, list[cst.ScorerPair]] = {kind: [] for kind in cst.NEGATIVES}
+    made: dict[str, list[pairs.ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}
     lost: Counter[str] = Counter()
-    outcomes = cst.scorer_pairs(
+    outcomes = pairs.scorer_pairs(
         llm.ask,
         lambda root: prompts_for(settings, roots[root]),
         sample,
@@ -203,18 +193,18 @@ async def make_pairs(
         settings.seed,
         2 * settings.max_in_flight,
     )
-    expected = len(pairs) * min(settings.negatives, len(sample) // len(pairs))
+    expected = len(made) * min(settings.negatives, len(sample) // len(made))
     with progress.bar(expected, "scorer pairs", "pairs") as bar:
         async for outcome in outcomes:
-            if isinstance(outcome, cst.ScorerPair):
-                pairs[outcome.type].append(outcome)
+            if isinstance(outcome, pairs.ScorerPair):
+                made[outcome.type].append(outcome)
                 bar.update()
             else:
                 lost[outcome] += 1
-    each = min(map(len, pairs.values()))
-    kept = list(itertools.chain.from_iterable(made[:each] for made in pairs.values()))
+    each = min(map(len, made.values()))
+    kept = list(itertools.chain.from_iterable(of_type[:each] for of_type in made.values()))
     results.write_pairs(kept)
-    print(f"pairs:   {len(kept):,} for the scorer, {each:,} of each type ({', '.join(pairs)})", end="")
+    print(f"pairs:   {len(kept):,} for the scorer, {each:,} of each type ({', '.join(made)})", end="")
     print(f"; thrown away: {say(lost)}" if lost else "")
 
 

@@ -1,18 +1,16 @@
-"""The Context-Split-Tree (paper section 3.2, Algorithm 1): trees of queries, and pairs for the scorer."""
+"""The Context-Split-Tree (paper section 3.2, Algorithm 1): trees of queries over root contexts."""
 
 import asyncio
 import dataclasses
-import random
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable
+from typing import Literal, TypeVar
 
 from augcon.corpus import RootContext
 from augcon.diversity import DiverseQueries, rouge_l_precision
 from augcon.llm import Refused, Reply, Request
-from augcon.ordered import map_in_order
 from augcon.prompts import Prompts
-from augcon.replies import Unparseable, parse_question, parse_split
+from augcon.replies import Unparseable, parse_split
 from augcon.text import length, words
 
 Parsed = TypeVar("Parsed")
@@ -122,11 +120,14 @@ async def _query_and_split(
         text_end=prompts.end_of_reply(),
         pattern=pattern,
     )
-    return await _parsed(ask, request, rules.tries, lambda text: parse_split(text, prompts))
+    return await parsed_reply(ask, request, rules.tries, lambda text: parse_split(text, prompts))
 
 
-async def _parsed(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Parsed:
-    """What ``parse`` makes of the reply, asked again for a fresh sample while that is nothing."""
+async def parsed_reply(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Parsed:
+    """What ``parse`` makes of the reply, asked again for a fresh sample while that is nothing.
+
+    Raises what ``ask`` raises, and after ``tries`` replies the Unparseable of the last.
+    """
     reason = Unparseable("never asked")
     for attempt in range(tries):
         reply = await ask(dataclasses.replace(request, sample=request.sample + attempt))
@@ -172,68 +173,3 @@ async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRu
         if tree[0].outcome in {"too short", "failed"}:
             break  # another pass would meet the same
     return RootResult(root, nodes, passes, kept)
-
-
-# Pairs for the scorer (paper section 3.3)
-
-NEGATIVES: dict[str, dict[str, Any]] = {
-    "weak instruction": {"weak": True},
-    "one example": {"examples": 1},
-    "both": {"weak": True, "examples": 1},
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ScorerPair:
-    """A query of a tree and a worse one for the same context; ``type`` says how the worse one was made."""
-
-    context: str
-    pos_query: str
-    neg_query: str
-    type: str
-    root: int
-
-
-async def scorer_pairs(
-    ask: Ask,
-    prompts_of: Callable[[int], Prompts],
-    positives: list[tuple[int, str, str]],
-    per_type: int,
-    rules: TreeRules,
-    seed: int,
-    window: int,
-) -> AsyncIterator[ScorerPair | str]:
-    """Pairs each of some queries with a query for the same context from a weaker prompt.
-
-    ``positives`` are (root, context, query). Each type of negative has a third of them to draw from, in
-    random order, until it has ``per_type`` pairs. Yields pairs and, where a query made none, the reason.
-    """
-    order = random.Random(seed).sample(positives, len(positives))
-    third = len(order) // len(NEGATIVES)
-    for number, kind in enumerate(NEGATIVES):
-
-        async def pair(positive: tuple[int, str, str], kind: str = kind) -> ScorerPair | str:
-            root, context, query = positive
-            try:
-                negative = await _worse_query(ask, prompts_of(root), context, kind, rules)
-            except (Unparseable, Refused) as error:
-                return str(error)
-            if "".join(negative.split()) == "".join(query.split()):
-                return "equal to the good one"
-            return ScorerPair(context, query, negative, kind, root)
-
-        reserve, made = order[number * third : (number + 1) * third], 0
-        while reserve and made < per_type:
-            batch, reserve = reserve[: per_type - made], reserve[per_type - made :]
-            async for outcome in map_in_order(pair, batch, window):
-                made += isinstance(outcome, ScorerPair)
-                yield outcome
-
-
-async def _worse_query(ask: Ask, prompts: Prompts, context: str, kind: str, rules: TreeRules) -> str:
-    """A query from a weaker prompt; generation stops where the halves would begin."""
-    messages = prompts.cst_messages(context, **NEGATIVES[kind])
-    pattern = rules.pattern_length and prompts.question_pattern()
-    end = prompts.end_of_question()
-    request = Request(messages, rules.temperature, rules.max_tokens, end=end, pattern=pattern or None)
-    return await _parsed(ask, request, rules.tries, lambda text: parse_question(text, prompts))

@@ -6,15 +6,16 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import datasets
 
 from augcon.corpus import RootContext
-from augcon.cst import Node, ScorerPair
+from augcon.cst import Node
 from augcon.errors import UserError, one_line
+from augcon.pairs import ScorerPair
 
 
 class Results:
@@ -96,6 +97,23 @@ class Results:
         with self.writing(path) as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    @contextlib.contextmanager
+    def writing_trees(self) -> Iterator[Callable[[int, list[Node]], None]]:
+        """Writes ``nodes.jsonl`` and ``queries.json`` together, root by root, through the function given."""
+        with self.writing(self.nodes) as nodes_file, self.writing(self.queries) as queries_file:
+            separator = "{"
+
+            def write(root: int, nodes: list[Node]) -> None:
+                nonlocal separator
+                for node in nodes:
+                    nodes_file.write(json.dumps(node_row(node), ensure_ascii=False) + "\n")
+                queries = [[node.context, node.query] for node in nodes if node.query is not None]
+                queries_file.write(f'{separator}\n"{root}": {json.dumps(queries, ensure_ascii=False)}')
+                separator = ","
+
+            yield write
+            queries_file.write("\n}\n")
 
     def write_pairs(self, pairs: list[ScorerPair]) -> None:
         """Writes ``scorer_pairs``, in place of the one that is there."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from augcon import cst
+from augcon import cst, pairs
 from augcon.corpus import RootContext
 from augcon.llm import Refused, Reply, Request
 from augcon.prompts import load_prompts
@@ -198,9 +198,9 @@ def test_a_root_that_can_bear_no_query_is_tried_once_and_says_why(text: str, rea
     assert (result.passes, result.shortfall) == (1, reason)
 
 
-def pairs_of(model: Model, positives: list[tuple[int, str, str]], per_type: int = 100) -> list[cst.ScorerPair | str]:
-    async def collect() -> list[cst.ScorerPair | str]:
-        source = cst.scorer_pairs(model, lambda root: PROMPTS, positives, per_type, RULES, seed=1, window=8)
+def pairs_of(model: Model, positives: list[tuple[int, str, str]], per_type: int = 100) -> list[pairs.ScorerPair | str]:
+    async def collect() -> list[pairs.ScorerPair | str]:
+        source = pairs.scorer_pairs(model, lambda root: PROMPTS, positives, per_type, RULES, seed=1, window=8)
         return [outcome async for outcome in source]
 
     return asyncio.run(collect())
@@ -211,8 +211,8 @@ POSITIVES = [(n, f"{TEXT}{n}", f"第{n}家面包店几点开门？") for n in ra
 
 def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_question():
     model = Model(lambda context, request: f"问题：{len(request.messages)}面包怎么样")
-    pairs = pairs_of(model, POSITIVES, per_type=5)
-    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 5)
+    made = pairs_of(model, POSITIVES, per_type=5)
+    assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 5)
     seen = Counter(
         (request.messages[0]["content"].startswith(PROMPTS.weak_instruction), len(request.messages))
         for request in model.asked
@@ -220,7 +220,7 @@ def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_questio
     assert seen == {(True, 7): 5, (False, 3): 5, (True, 3): 5}
     assert all(request.end == (PROMPTS.labels.halves[0],) for request in model.asked)
     good = {(root, context): query for root, context, query in POSITIVES}
-    assert all(good[pair.root, pair.context] == pair.pos_query != pair.neg_query for pair in pairs)
+    assert all(good[pair.root, pair.context] == pair.pos_query != pair.neg_query for pair in made)
 
 
 def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the_reserve():
@@ -229,14 +229,14 @@ def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the
         return f"问题：第{number}家面包店几点开门？" if number % 4 == 0 else "问题：面包怎么样"
 
     outcomes = pairs_of(Model(equal), POSITIVES, per_type=6)
-    pairs = [outcome for outcome in outcomes if isinstance(outcome, cst.ScorerPair)]
-    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 6)
-    assert set(outcomes) - set(pairs) == {"equal to the good one"}
-    assert all(pair.pos_query != pair.neg_query for pair in pairs)
+    made = [outcome for outcome in outcomes if isinstance(outcome, pairs.ScorerPair)]
+    assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 6)
+    assert set(outcomes) - set(made) == {"equal to the good one"}
+    assert all(pair.pos_query != pair.neg_query for pair in made)
 
 
 def test_on_a_small_corpus_each_type_has_at_most_a_third_of_the_queries():
-    pairs = pairs_of(Model(lambda context, request: "问题：面包怎么样"), POSITIVES[:11])
-    assert Counter(pair.type for pair in pairs) == dict.fromkeys(cst.NEGATIVES, 3)
-    assert len({pair.root for pair in pairs}) == 9
+    made = pairs_of(Model(lambda context, request: "问题：面包怎么样"), POSITIVES[:11])
+    assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 3)
+    assert len({pair.root for pair in made}) == 9
     assert pairs_of(Model(), POSITIVES[:2]) == []

@@ -14,8 +14,9 @@ import datasets
 import pytest
 from conftest import ROOT, SHARED_CORPUS, Engine, demo_engine, run, says_one_line, start
 
-from augcon.cst import NEGATIVES, OUTCOMES
+from augcon.cst import OUTCOMES
 from augcon.diversity import DiverseQueries
+from augcon.pairs import NEGATIVES
 from augcon.text import clean, length
 
 MADE = ("contexts.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
