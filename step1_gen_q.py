@@ -10,10 +10,10 @@ scorer_pairs (good and worse queries, for step 2). Run it again and it goes on w
 import asyncio
 import gc
 import hashlib
-import itertools
 import math
 import time
 from collections import Counter
+from typing import Any
 
 from augcon import cst, pairs, progress, prompts
 from augcon.corpus import RootContext, read_corpus, split_corpus
@@ -43,8 +43,9 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
     roots = root_contexts(settings)
     async with LLM(server(settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
-        print(f"server:  {settings.api_base} serves {model!r}")
-        results.settle(1, {**settings.made_with(), **inputs(roots, model)})
+        other = "" if model == settings.model else f", not the model setting {settings.model!r}"
+        print(f"server:  {settings.api_base} serves {model!r}{other}")
+        results.settle(1, {**settings.made_with(), **inputs(settings, roots, model)})
         results.write_lines(results.contexts, map(context_row, roots))
 
         sample = await grow_trees(settings, results, llm, roots)
@@ -93,14 +94,15 @@ def rules(settings: Settings) -> cst.TreeRules:
     )
 
 
-def inputs(roots: list[RootContext], model: str) -> dict[str, tuple[int, str]]:
+def inputs(settings: Settings, roots: list[RootContext], model: str) -> dict[str, tuple[int, Any]]:
     """What shapes the outcome besides the settings: the corpus as cut, the prompts, the model that answers."""
     digest = hashlib.sha256()
     for root in roots:
         digest.update(f"{root.article} {root.start} {root.quota} {root.text}\n".encode())
+    asked_with = {prompts_for(settings, root) for root in roots}
     return {
         "content of the corpus": (1, digest.hexdigest()[:16]),
-        "content of the prompts": (1, prompts.fingerprint()),
+        "content of the prompts": (1, {of.language: of.cst_digest() for of in asked_with}),
         "model served": (1, model),
     }
 
@@ -122,6 +124,7 @@ async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list
             async def ask(request: Request) -> Reply:
                 nonlocal left
                 reply = await llm.ask(request)
+                tally.asked_again += request.sample % settings.tries > 0
                 bar.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
                 bar.update(min(left, 1))
                 left = max(left - 1, 0)
@@ -146,7 +149,7 @@ class Tally:
         self.fates: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.short: list[dict[str, int | str]] = []
-        self.roots = self.quota = self.passes = self.diverse = 0
+        self.roots = self.quota = self.passes = self.diverse = self.asked_again = 0
         # Twice what the pairs need: some negatives are thrown away.
         self.sample = pairs.Reservoir(2 * len(pairs.NEGATIVES) * settings.negatives, settings.seed)
 
@@ -167,7 +170,10 @@ class Tally:
 
     def report(self, results: Results) -> None:
         """Prints the figures."""
-        print(f"trees:   {self.fates.total():,} nodes in {self.passes:,} passes: {say(self.fates)}")
+        print(
+            f"trees:   {self.fates.total():,} nodes in {self.passes:,} passes: {say(self.fates)}"
+            + (f"; asked again {self.asked_again:,} times for a reply that parses" if self.asked_again else "")
+        )
         if self.reasons:
             print(f"lost:    {say(self.reasons)}")
         print(
@@ -181,7 +187,7 @@ class Tally:
 async def make_pairs(
     settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[pairs.Query]
 ) -> None:
-    """Makes the scorer's pairs, as many of each type, and writes them."""
+    """Makes the scorer's pairs, as many of each type where they can be had, and writes them."""
     made: dict[str, list[pairs.ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}
     lost: Counter[str] = Counter()
     outcomes = pairs.scorer_pairs(
@@ -201,11 +207,11 @@ async def make_pairs(
                 bar.update()
             else:
                 lost[outcome] += 1
-    each = min(map(len, made.values()))
-    kept = list(itertools.chain.from_iterable(of_type[:each] for of_type in made.values()))
+    kept = pairs.balance(made)
     results.write_pairs(kept)
-    print(f"pairs:   {len(kept):,} for the scorer, {each:,} of each type ({', '.join(made)})", end="")
-    print(f"; thrown away: {say(lost)}" if lost else "")
+    lost["left out for balance"] = sum(map(len, made.values())) - len(kept)
+    print(f"pairs:   {len(kept):,} for the scorer: {say(Counter(pair.type for pair in kept)) or 'none'}", end="")
+    print(f"; thrown away: {say(+lost)}" if +lost else "")
 
 
 def report_calls(llm: LLM, seconds: float) -> None:
@@ -213,7 +219,8 @@ def report_calls(llm: LLM, seconds: float) -> None:
     retries = Counter({kind: n for kind, n in llm.counts.items() if kind.startswith("retries")})
     calls = llm.counts["calls"]
     print(
-        f"calls:   {calls:,} ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the store, "
+        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the "
+        f"store, {llm.counts['shared']:,} shared by equal requests, "
         f"{llm.counts['prompt tokens']:,} prompt and {llm.counts['reply tokens']:,} reply tokens"
         + (f", {say(retries)}" if retries else "")
         + f"; {seconds:.0f} s"

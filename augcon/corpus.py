@@ -35,6 +35,14 @@ class RootContext:
 
 # Reading
 
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+    """Stands for a row that cannot be had, with the reason in a few words, for counting."""
+
+    reason: str
+
+
 TEXT = {".txt", ".md"}
 JSON_LINES = {".jsonl", ".ndjson"}
 BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
@@ -44,8 +52,7 @@ def read_corpus(source: str, field: str) -> Iterator[Any]:
     """The values of ``field``, a row at a time, from anything that ``datasets`` opens.
 
     ``source`` is a dataset saved to disk, a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder of
-    ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be had (a broken line, a
-    row without the field) comes as ``None``.
+    ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be had comes as Unreadable.
 
     Raises UserError when there is no such corpus, it cannot be read, or none of its rows has the field.
     """
@@ -69,11 +76,13 @@ def read_corpus(source: str, field: str) -> Iterator[Any]:
     return _column(_open_dataset(source, path, suffix), source, field)
 
 
-def _read_file(path: Path) -> str | None:
+def _read_file(path: Path) -> str | Unreadable:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        return None
+    except UnicodeDecodeError:
+        return Unreadable("not in UTF-8")
+    except OSError:
+        return Unreadable("cannot be read")
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
@@ -90,12 +99,13 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError):
-                row = None
+                yield Unreadable("broken line")
+                continue
             if isinstance(row, dict):
                 seen.update(map(str, row))
                 yield row.get(field)
             else:
-                yield None
+                yield Unreadable("line without fields")
     if not seen[field]:
         raise UserError(_no_field(str(path), field, list(seen)))
 
@@ -220,7 +230,7 @@ def split_corpus(rows: Iterator[Any], max_length: int, quota_unit: int, skipped:
     root = 0
     for number, row in enumerate(rows):
         if not isinstance(row, str):
-            skipped["no text in the field" if row is None else "not a text"] += 1
+            skipped[_why_skipped(row)] += 1
             continue
         article = text.clean(row)
         if not article.strip():
@@ -232,3 +242,9 @@ def split_corpus(rows: Iterator[Any], max_length: int, quota_unit: int, skipped:
             size = text.length(context)
             yield RootContext(root, number, start, end, size, max(1, math.ceil(size / quota_unit)), context)
             root, start = root + 1, end
+
+
+def _why_skipped(row: Any) -> str:
+    if isinstance(row, Unreadable):
+        return row.reason
+    return "no text in the field" if row is None else "not a text"

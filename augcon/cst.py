@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from augcon.corpus import RootContext
 from augcon.diversity import DiverseQueries, rouge_l_precision
@@ -16,7 +16,7 @@ from augcon.text import length, words
 Parsed = TypeVar("Parsed")
 Ask = Callable[[Request], Awaitable[Reply]]
 Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
-OUTCOMES: tuple[Outcome, ...] = ("done", "too short", "not parseable", "hallucinated", "failed")
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +71,10 @@ async def grow_tree(
         def node(outcome: Outcome, query: str | None = None, detail: str = "") -> Node:
             return Node(root.root, spot.path, pass_number, spot.context, query, outcome, detail)
 
-        if spot.size < rules.min_length or spot.share < _SMALLEST_SHARE * rules.min_length:
+        if spot.size < rules.min_length:
             return [node("too short")]
+        if spot.share < _SMALLEST_SHARE * rules.min_length:
+            return [node("too short", detail="share of the root used up")]
         try:
             query, halves = await _query_and_split(ask, prompts, spot.context, rules, pass_number)
         except Unparseable as error:
@@ -130,7 +132,8 @@ async def parsed_reply(ask: Ask, request: Request, tries: int, parse: Callable[[
     """
     reason = Unparseable("never asked")
     for attempt in range(tries):
-        reply = await ask(dataclasses.replace(request, sample=request.sample + attempt))
+        end = () if attempt else request.end  # a stop string may have cut the reply short: only once
+        reply = await ask(dataclasses.replace(request, sample=request.sample + attempt, end=end))
         try:
             if not reply.complete:
                 raise Unparseable("cut off")

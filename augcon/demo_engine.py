@@ -1,7 +1,7 @@
 """The demonstration engine: an OpenAI-compatible server that answers AugCon's prompts by rules.
 
 It lets people without a GPU run the real scripts on their own corpus. It is not a language model: what it
-writes shows the form of AugCon's data, not its quality. The rules are in ``demo_rules.py``.
+writes shows the form of AugCon's data, not its quality. The rules are in ``demo_rules/``.
 
     python -m augcon.demo_engine [--host 127.0.0.1] [--port 8000] [--latency SECONDS]
 """

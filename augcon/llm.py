@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import re
 import time
 from collections import Counter
 from typing import Any
@@ -93,7 +94,7 @@ class LLM:
             api_key=server.api_key,
             max_retries=0,
             timeout=server.request_timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits),
+            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not _on_loopback(server.api_base)),
         )
 
     async def __aenter__(self) -> "LLM":
@@ -105,7 +106,7 @@ class LLM:
     async def connect(self, model: str, api_model: str = "") -> str:
         """Finds the model on the server; returns the name it is served by.
 
-        Asks for ``api_model``; when that is empty, for ``model`` or else the only model served. Raises
+        Asks for ``api_model``; when that is empty, for the only model served or else for ``model``. Raises
         UserError when no server answers for some seconds, it refuses the key, or it does not serve the model.
         """
         starting = stamina.retry_context(on=faults.NO_ANSWER, attempts=None, timeout=PATIENCE, wait_max=1)
@@ -193,6 +194,9 @@ class LLM:
             nonlocal strikes, successes_before, alone
             if not isinstance(error, (*faults.NO_ANSWER, openai.APIError, faults.BadReply)):
                 return False
+            if _refusal(error) and shape not in self._accepted and not alone:
+                alone = True  # this request or all of this kind? The neutral one will tell
+                return 0.01
             self._raise_if_final(error, shape in self._accepted)
             now = time.monotonic()
             self._trouble_since = self._trouble_since or now
@@ -247,7 +251,7 @@ class LLM:
             raise faults.BadReply(f"the reply's content is no text: {text!r:.200}")
         self.counts["prompt tokens"] += prompt_tokens
         self.counts["reply tokens"] += reply_tokens
-        return Reply(text, complete=finish_reason != "length")
+        return Reply(text, complete=finish_reason not in _CUT_OFF)
 
     def _raise_if_final(self, error: Exception, accepted: bool) -> None:
         """Raises Refused or UserError for a failure that no retry can mend."""
@@ -287,3 +291,17 @@ class LLM:
             f"the server at {self.server.api_base} does not serve {wanted!r}; it offers {offered}; "
             "name one with --api-model"
         )
+
+
+_CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
+
+
+def _refusal(error: Exception) -> bool:
+    """Whether the server refuses a request for what it is, not for its length."""
+    refused = isinstance(error, openai.APIStatusError) and error.status_code in {400, 422}
+    return refused and not any(sign in str(error.body).lower() for sign in faults.TOO_LONG)
+
+
+def _on_loopback(address: str) -> bool:
+    """Whether an address is on this machine, where the environment's proxies are not to be asked."""
+    return bool(re.match(r"https?://(?:127\.|localhost\b|\[::1\])", address, re.IGNORECASE))

@@ -42,8 +42,8 @@ async def scorer_pairs(
 ) -> AsyncIterator[ScorerPair | str]:
     """Pairs each of some queries with a query for the same context from a weaker prompt.
 
-    Each type of negative has a third of them to draw from, in
-    random order, until it has ``per_type`` pairs. Yields pairs and, where a query made none, the reason.
+    Each type of negative has a third of them to draw from, in random order, until it has ``per_type`` pairs.
+    Yields pairs and, where a query made none, the reason.
     """
     order = random.Random(seed).sample(positives, len(positives))
     third = len(order) // len(NEGATIVES)
@@ -91,3 +91,13 @@ class Reservoir:
             self.kept.append(query)
         elif (place := self._random.randrange(self.offered)) < self.size:
             self.kept[place] = query
+
+
+_BALANCED = 0.8
+
+
+def balance(made: dict[str, list[ScorerPair]]) -> list[ScorerPair]:
+    """As many pairs of each type, unless a type has so few that this would throw away much of the others."""
+    sizes = [len(pairs) for pairs in made.values()]
+    most = min(sizes) if min(sizes) >= _BALANCED * max(sizes) else max(sizes)
+    return [pair for pairs in made.values() for pair in pairs[:most]]

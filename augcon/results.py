@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -16,6 +17,8 @@ from augcon.corpus import RootContext
 from augcon.cst import Node
 from augcon.errors import UserError, one_line
 from augcon.pairs import ScorerPair
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 class Results:
@@ -68,8 +71,8 @@ class Results:
         ]
         if changes:
             raise UserError(
-                f"{self.folder} was made with other settings: {'; '.join(changes)}. Use another folder with "
-                "--results, or the old settings, or remove this folder"
+                f"{self.folder} was made with other settings: {'; '.join(changes)}. Use the old settings, or "
+                f"another folder with --results; a copy of {self.store.name} in it saves the calls that are the same"
             )
         self.write_json(self.record, {**kept, **mine})
 
@@ -84,6 +87,8 @@ class Results:
                 os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError as error:
+            if error.filename is None and error.errno not in _DISK:
+                raise  # what failed was not this file
             raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
     def write_json(self, path: Path, value: Any) -> None:
@@ -116,7 +121,10 @@ class Results:
             queries_file.write("\n}\n")
 
     def write_pairs(self, pairs: list[ScorerPair]) -> None:
-        """Writes ``scorer_pairs``, in place of the one that is there."""
+        """Writes ``scorer_pairs``, in place of the one that is there; no pairs, no dataset."""
+        if not pairs:
+            shutil.rmtree(self.scorer_pairs, ignore_errors=True)
+            return
         names = [field.name for field in dataclasses.fields(ScorerPair)]
         features = datasets.Features({name: datasets.Value("int64" if name == "root" else "string") for name in names})
         columns = {name: [getattr(pair, name) for pair in pairs] for name in names}

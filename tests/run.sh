@@ -9,5 +9,5 @@ bash install.sh --tests
 PATH="${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}/bin:$PATH"
 ruff check .
 ruff format --check .
-git ls-files -z '*.sh' .ci/run | xargs -0 shellcheck
+shellcheck ./*.sh tests/*.sh .ci/run
 python -m pytest "$@"

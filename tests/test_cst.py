@@ -218,7 +218,7 @@ def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_questio
         for request in model.asked
     )
     assert seen == {(True, 7): 5, (False, 3): 5, (True, 3): 5}
-    assert all(request.end == (PROMPTS.labels.halves[0],) for request in model.asked)
+    assert all(request.end == ("\n片段1：", "\n片段1:") for request in model.asked)
     good = {(root, context): query for root, context, query in POSITIVES}
     assert all(good[pair.root, pair.context] == pair.pos_query != pair.neg_query for pair in made)
 
@@ -233,6 +233,21 @@ def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the
     assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 6)
     assert set(outcomes) - set(made) == {"equal to the good one"}
     assert all(pair.pos_query != pair.neg_query for pair in made)
+
+
+def test_a_stop_string_is_used_once_as_it_may_have_cut_the_reply_short():
+    model = Model(lambda context, request: "嗯" if request.end else "问题：面包怎么样")
+    assert len(pairs_of(model, POSITIVES, per_type=3)) == 9
+
+
+def test_types_are_balanced_unless_one_can_hardly_be_had():
+    def made(*sizes: int) -> dict[str, list[pairs.ScorerPair]]:
+        kinds = zip(pairs.NEGATIVES, sizes, strict=True)
+        return {kind: [pairs.ScorerPair("c", "p", "n", kind, n) for n in range(size)] for kind, size in kinds}
+
+    assert Counter(pair.type for pair in pairs.balance(made(30, 28, 29))) == dict.fromkeys(pairs.NEGATIVES, 28)
+    assert len(pairs.balance(made(30, 0, 29))) == 59
+    assert pairs.balance(made(0, 0, 0)) == []
 
 
 def test_on_a_small_corpus_each_type_has_at_most_a_third_of_the_queries():

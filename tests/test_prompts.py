@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from augcon import prompts as room
 from augcon.diversity import rouge_l_precision
 from augcon.errors import UserError
-from augcon.prompts import Prompts, as_text, disarm, fingerprint, load_prompts
+from augcon.prompts import Prompts, as_text, disarm, load_prompts
 from augcon.text import language, length, words
 
 BOTH = [load_prompts("zh"), load_prompts("en")]
@@ -232,12 +232,9 @@ def test_a_missing_file_and_one_without_examples_are_told(tmp_path, monkeypatch)
         load_prompts.__wrapped__("en")
 
 
-def test_the_fingerprint_changes_with_any_file(tmp_path, monkeypatch):
-    before = fingerprint()
-    for name in ("zh", "en"):
-        (tmp_path / f"{name}.toml").write_bytes((Path(room.__file__).parent / f"{name}.toml").read_bytes())
-    monkeypatch.setattr(room, "_FOLDER", tmp_path)
-    assert fingerprint() == before
-    with (tmp_path / "zh.toml").open("a") as file:
-        file.write("\n")
-    assert fingerprint() != before
+def test_the_digest_changes_with_what_the_tree_asks_and_with_nothing_else():
+    zh, en = BOTH
+    assert zh.cst_digest() == load_prompts("zh").cst_digest() != en.cst_digest()
+    changes = [{"cst_instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.examples[:2]}]
+    assert all(dataclasses.replace(zh, **change).cst_digest() != zh.cst_digest() for change in changes)
+    assert dataclasses.replace(zh, answer_instruction="x", grade_instruction="x").cst_digest() == zh.cst_digest()

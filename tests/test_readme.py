@@ -45,7 +45,7 @@ def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
                 os.killpg(shell.pid, signal.SIGTERM)  # the engine in the background too
         output.seek(0)
         assert status == 0, output.read()
-    assert (project / "results" / "queries.json").exists() and (project / "results-mine" / "scorer_pairs").exists()
+    assert (project / "results-demo" / "queries.json").exists() and (project / "results-mine" / "scorer_pairs").exists()
 
 
 def test_the_table_of_files_names_what_there_is():

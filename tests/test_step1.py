@@ -108,7 +108,7 @@ def test_a_second_run_makes_no_call_and_the_same_files(engine: Engine, bundled: 
     results, _ = bundled
     before, calls = outcome_of(results), engine.metric("vllm:request_success_total")
     again = run("step1_gen_q.py", "--api-base", engine.api, "--results", results)
-    assert again.returncode == 0 and "calls:   0 " in again.stdout
+    assert again.returncode == 0 and "calls:   0 in this run" in again.stdout
     assert engine.metric("vllm:request_success_total") == calls
     assert outcome_of(results) == before
 
@@ -309,9 +309,16 @@ def test_a_torn_results_folder_is_made_anew_from_the_store(engine: Engine, bundl
     shutil.rmtree(results / "scorer_pairs")
     (results / "scorer_pairs.unfinished").mkdir()
     again = run("step1_gen_q.py", "--api-base", engine.api, "--results", results)
-    assert again.returncode == 0 and "calls:   0 " in again.stdout
+    assert again.returncode == 0 and "calls:   0 in this run" in again.stdout
     assert outcome_of(results) == outcome_of(bundled[0])
     assert not list(results.glob("*.unfinished"))
+
+
+def test_without_pairs_there_is_no_dataset_of_pairs(engine: Engine, corpus: Path, tmp_path: Path):
+    flags = ["--corpus", corpus, "--negatives", 0, "--results", tmp_path / "r"]
+    done = run("step1_gen_q.py", "--api-base", engine.api, *flags)
+    assert done.returncode == 0 and "0 for the scorer: none" in done.stdout
+    assert not (tmp_path / "r" / "scorer_pairs").exists()
 
 
 @pytest.mark.skipif(not SHARED_CORPUS.exists(), reason="the free corpus is not beside the project")

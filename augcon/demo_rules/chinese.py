@@ -62,7 +62,7 @@ def read(prose: str) -> Reading:
         if clause[:1] == "“" and clause[-1] == "”":
             clause = clause[1:-1]
         tokens = _tokens(clause)
-        chunks = list(_chunks(tokens, clause))
+        chunks = list(_chunks(tokens))
         terms += _terms(tokens, chunks, clause)
         if clause and clause[-1] not in "？?":
             _clause_slots(slots, tokens, chunks, clause)
@@ -100,7 +100,7 @@ def _tag(word: str) -> str:
     return tag
 
 
-def _chunks(tokens: list[Token], clause: str) -> Iterator[tuple[int, int]]:
+def _chunks(tokens: list[Token]) -> Iterator[tuple[int, int]]:
     """Noun phrases, as places of their tokens: nouns and modifiers that end in a noun.
 
     One-character words do not begin one: they are mostly measure words.

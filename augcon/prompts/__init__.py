@@ -102,11 +102,16 @@ class Prompts:
 
     def end_of_question(self) -> tuple[str, ...]:
         """Stop strings after the question, where the halves are not needed."""
-        return (self.labels.halves[0],)
+        return tuple(f"\n{self.labels.halves[0]}{colon}" for colon in "：:")
 
     def end_of_reply(self) -> tuple[str, ...]:
         """Stop strings of the completions endpoint, where a model goes on with a further example."""
         return (f"\n\n{self._context('')}",)
+
+    def cst_digest(self) -> str:
+        """A digest of what the Context-Split-Tree asks with, so that results of other prompts are not mixed."""
+        parts = (self.labels, self.cst_instruction, self.weak_instruction, self.examples)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _context(self, context: str) -> str:
         return f"{self.labels.context}{self.colon.strip()}\n{disarm(context)}"
@@ -204,11 +209,3 @@ def _pair(texts: list[str]) -> tuple[str, str]:
         raise ValueError(f"halves must be a list of two texts, not {texts!r}")
     first, second = texts
     return first.strip(), second.strip()
-
-
-def fingerprint() -> str:
-    """A digest of all prompt files: what was made with other prompts is not mixed with new results."""
-    digest = hashlib.sha256()
-    for path in sorted(_FOLDER.glob("*.toml")):
-        digest.update(path.name.encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
