@@ -70,27 +70,27 @@ def root_contexts(settings: Settings) -> list[RootContext]:
 def server(settings: Settings) -> Server:
     """The part of the settings that says how to ask."""
     return Server(
-        settings.api_base,
-        settings.api_key.get_secret_value(),
-        settings.completions,
-        settings.max_in_flight,
-        settings.request_timeout,
-        settings.server_wait,
-        settings.seed,
+        api_base=settings.api_base,
+        api_key=settings.api_key.get_secret_value(),
+        completions=settings.completions,
+        max_in_flight=settings.max_in_flight,
+        request_timeout=settings.request_timeout,
+        server_wait=settings.server_wait,
+        seed=settings.seed,
     )
 
 
 def rules(settings: Settings) -> cst.TreeRules:
     """The part of the settings that says how trees grow."""
     return cst.TreeRules(
-        settings.min_length,
-        settings.rouge_threshold,
-        settings.query_temperature,
-        settings.query_max_tokens,
-        settings.tries,
-        settings.oversample,
-        settings.max_passes,
-        settings.max_length if settings.structured_output else None,
+        min_length=settings.min_length,
+        rouge_threshold=settings.rouge_threshold,
+        temperature=settings.query_temperature,
+        max_tokens=settings.query_max_tokens,
+        tries=settings.tries,
+        oversample=settings.oversample,
+        max_passes=settings.max_passes,
+        pattern_length=settings.max_length if settings.structured_output else None,
     )
 
 
@@ -99,7 +99,7 @@ def inputs(settings: Settings, roots: list[RootContext], model: str) -> dict[str
     digest = hashlib.sha256()
     for root in roots:
         digest.update(f"{root.article} {root.start} {root.quota} {root.text}\n".encode())
-    asked_with = {prompts_for(settings, root) for root in roots}
+    asked_with = sorted({prompts_for(settings, root) for root in roots}, key=lambda of: of.language)
     return {
         "content of the corpus": (1, digest.hexdigest()[:16]),
         "content of the prompts": (1, {of.language: of.cst_digest() for of in asked_with}),
