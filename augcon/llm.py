@@ -233,7 +233,7 @@ class LLM:
         self._accepted.add(shape)
 
     async def _call(self, body: dict[str, Any]) -> Reply:
-        """One HTTP call. The client's typed methods would spend more than the call itself on a body that is known to be right."""
+        """One HTTP call. The client's typed methods would spend more than the call itself on checking the body."""
         self.counts["calls"] += 1
         try:
             response: Any = await self._client.post(self._endpoint, body=body, cast_to=object)
