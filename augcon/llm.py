@@ -136,7 +136,7 @@ class LLM:
         Raises Refused when this request cannot be answered, UserError when none can.
         """
         body = self._body(request)
-        key = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).digest()
+        key = _key_of(body)
         while shared := self._pending.get(key):  # the same text elsewhere in the corpus: one call serves both
             await asyncio.wait([shared])
             if not shared.cancelled():  # else its asker has gone, and who comes first asks
@@ -294,6 +294,17 @@ class LLM:
 
 
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
+
+
+def _key_of(body: dict[str, Any]) -> bytes:
+    """A digest of all that determines a reply. Long texts go in as they are: escaping them costs most of the time."""
+    digest = hashlib.sha256()
+    texts = [body["prompt"]] if "prompt" in body else [part for turn in body["messages"] for part in turn.values()]
+    parameters = json.dumps({name: body[name] for name in sorted(body) if name not in {"prompt", "messages"}})
+    for part in (parameters, "prompt" if "prompt" in body else "messages", *texts):
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.digest()
 
 
 def _refusal(error: Exception) -> bool:
