@@ -4,6 +4,7 @@ A setting is taken from the command line (``--min-length 30``), else from the en
 (``AUGCON_MIN_LENGTH=30``), else from this file. All scripts share this one schema.
 """
 
+import difflib
 import os
 import re
 import sys
@@ -48,14 +49,13 @@ class Settings(BaseSettings):
 
     # Where things are
     results: str = operational("results", "folder for everything that is made; one folder a corpus", min_length=1)
-    corpus: str = outcome(
-        1,
+    corpus: str = operational(
         "DailyM",
         "articles: a dataset saved to disk, a hub name, a .jsonl, .json, .csv, .tsv or .parquet file, "
         "or a folder of .txt and .md files",
         min_length=1,
     )
-    text_field: str = outcome(1, "article", "the field of the corpus that holds the text", min_length=1)
+    text_field: str = operational("article", "the field of the corpus that holds the text", min_length=1)
 
     # The LLM and its server
     model: str = outcome(
@@ -151,7 +151,7 @@ def load_settings(doc: str) -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise UserError(f"the environment sets {name}, which is no setting; see --help for all of them")
+            raise UserError(f"the environment sets {name}, which is no setting{_meant(name, known)}; see --help")
     Settings.__doc__ = doc
     try:
         return Settings(_cli_settings_source=CliSettingsSource(Settings, cli_parse_args=True))
@@ -159,7 +159,14 @@ def load_settings(doc: str) -> Settings:
         raise UserError("; ".join(map(_say, error.errors()))) from error
     except SettingsError as error:
         said = _LOOKS_LIKE_A_KEY.sub(r"\1***", str(error).removeprefix("error parsing CLI: "))
-        raise UserError(f"{said}; see --help for all settings") from None
+        flags = {"--" + name.replace("_", "-") for name in Settings.model_fields}
+        unknown = said.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
+        raise UserError(f"{said}{_meant(unknown, flags)}; see --help for all settings") from None
+
+
+def _meant(name: str, names: set[str]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return f" (do you mean {close[0]}?)" if close else ""
 
 
 def _say(problem: dict[str, Any]) -> str:

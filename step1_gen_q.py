@@ -13,6 +13,7 @@ import hashlib
 import math
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from augcon import cst, pairs, progress, prompts
@@ -43,7 +44,7 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
     roots = root_contexts(settings)
     async with LLM(server(settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
-        other = "" if model == settings.model else f", not the model setting {settings.model!r}"
+        other = "" if model == settings.model else f" (the model setting, for the steps to come: {settings.model!r})"
         print(f"server:  {settings.api_base} serves {model!r}{other}")
         results.settle(1, {**settings.made_with(), **inputs(settings, roots, model)})
         results.write_lines(results.contexts, map(context_row, roots))
@@ -51,12 +52,14 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
         sample = await grow_trees(settings, results, llm, roots)
         await make_pairs(settings, results, llm, roots, sample)
         report_calls(llm, time.monotonic() - started)
+        print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
 
 
 def root_contexts(settings: Settings) -> list[RootContext]:
     """The corpus cut into root contexts. Raises UserError when there is no text in it."""
     skipped: Counter[str] = Counter()
-    rows = read_corpus(settings.corpus, settings.text_field)
+    bundled = Path(__file__).with_name("DailyM")  # found from any working directory
+    rows = read_corpus(str(bundled) if settings.corpus == bundled.name else settings.corpus, settings.text_field)
     roots = list(split_corpus(rows, settings.max_length, settings.quota_unit, skipped))
     left_out = f", {skipped.total()} skipped ({say(skipped)})" if skipped else ""
     if not roots:
@@ -228,8 +231,9 @@ def report_calls(llm: LLM, seconds: float) -> None:
 
 
 def say(counts: Counter[str]) -> str:
-    """Counts in words, the largest first."""
-    return ", ".join(f"{name} {number:,}" for name, number in counts.most_common())
+    """Counts in words, the largest first; of many, the first eight."""
+    words = [f"{name} {number:,}" for name, number in counts.most_common()]
+    return ", ".join(words[:8] + [f"and {len(words) - 8:,} more"] * (len(words) > 8))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,9 +81,9 @@ def _read_file(path: Path) -> str | Unreadable:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        return Unreadable("not in UTF-8")
+        return Unreadable(f"not in UTF-8: {path.name}")
     except OSError:
-        return Unreadable("cannot be read")
+        return Unreadable(f"cannot be read: {path.name}")
 
 
 def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
@@ -127,10 +128,13 @@ def _open_dataset(source: str, path: Path, suffix: str) -> datasets.Dataset:
         elif source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in {*BUILDERS, *JSON_LINES, *TEXT}:
             raise UserError(f"corpus {source!r}: there is no such file or folder")
         else:
+            print(f"corpus {source!r} is no file or folder here; asking the hub", file=sys.stderr)
             opened = datasets.load_dataset(source)
     except UserError:
         raise
     except Exception as error:  # datasets raises whatever its many back ends raise
+        if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
+            raise UserError(f"corpus {source!r} is not in UTF-8; convert it first, for instance with iconv") from error
         problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset to be had"
         raise UserError(f"corpus {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):

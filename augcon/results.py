@@ -65,7 +65,9 @@ class Results:
                 f"{self.record} cannot be read ({one_line(error)}); restore or remove the folder"
             ) from error
         changes = [
-            f"{name} was {kept[name]!r} and is now {value!r}"
+            f"the {name} has changed"
+            if name.startswith("content of")
+            else f"{name} was {kept[name]!r} and is now {value!r}"
             for name, value in mine.items()
             if name in kept and kept[name] != value
         ]

@@ -173,7 +173,7 @@ def test_describe_names_every_setting_and_stars_the_changed(load):
 
 def test_what_made_the_results_is_what_changes_them(load):
     made_with = load("--seed", "7").made_with()
-    assert made_with["seed"] == (1, 7) and made_with["corpus"] == (1, "DailyM") and made_with["model"][0] == 2
+    assert made_with["seed"] == (1, 7) and "corpus" not in made_with and made_with["model"][0] == 2
     assert not {"results", "api_base", "api_key", "max_in_flight", "server_wait"} & set(made_with)
 
 

@@ -276,7 +276,7 @@ def test_a_folder_is_read_in_order_and_unreadable_files_are_counted(tmp_path):
     (tmp_path / "deep" / "er" / "e.md").write_text("丙", "utf-8")
     rows = list(read_corpus(str(tmp_path), "any field"))
     assert [row for row in rows if isinstance(row, str)] == ["甲", "丙"]
-    assert contexts_of(*rows)[1] == {"not in UTF-8": 1, "cannot be read": 1}
+    assert contexts_of(*rows)[1] == {"not in UTF-8: b.txt": 1, "cannot be read: c.txt": 1}
 
 
 @pytest.mark.parametrize(

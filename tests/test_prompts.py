@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from augcon import prompts as room
+from augcon.demo_rules.recognition import recognise
 from augcon.diversity import rouge_l_precision
 from augcon.errors import UserError
 from augcon.prompts import Prompts, as_text, disarm, load_prompts
@@ -238,3 +239,19 @@ def test_the_digest_changes_with_what_the_tree_asks_and_with_nothing_else():
     changes = [{"cst_instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.examples[:2]}]
     assert all(dataclasses.replace(zh, **change).cst_digest() != zh.cst_digest() for change in changes)
     assert dataclasses.replace(zh, answer_instruction="x", grade_instruction="x").cst_digest() == zh.cst_digest()
+
+
+def test_the_demonstration_engine_follows_an_edit_of_the_prompts_while_it_runs(tmp_path, monkeypatch):
+    for name in ("zh", "en"):
+        (tmp_path / f"{name}.toml").write_bytes((Path(room.__file__).parent / f"{name}.toml").read_bytes())
+    monkeypatch.setattr(room, "_FOLDER", tmp_path)
+    edited = (tmp_path / "zh.toml").read_text("utf-8").replace("请读文本", "请细读文本")
+    messages = [
+        {"role": "user", "content": load_prompts.__wrapped__("zh").cst_messages("面包店七点开门。")[0]["content"]}
+    ]
+    messages[0]["content"] = messages[0]["content"].replace("请读文本", "请细读文本")
+    assert recognise(messages).kind == "other"
+    (tmp_path / "zh.toml").write_text(edited, "utf-8")
+    assert recognise(messages).kind == "tree"
+    (tmp_path / "zh.toml").write_text("[broken", "utf-8")
+    assert recognise(messages).kind == "tree"

@@ -100,7 +100,7 @@ def test_the_results_say_which_model_made_them_and_with_which_settings_but_no_ke
     results, output = bundled
     record = json.loads((results / "settings.json").read_text())
     assert record["model served"] == "augcon-demo-not-an-llm" and "augcon-demo-not-an-llm" in output
-    assert (record["max_length"], record["query_temperature"], record["corpus"]) == (500, 0.85, "DailyM")
+    assert (record["max_length"], record["query_temperature"], record["min_length"]) == (500, 0.85, 20)
     assert not {"api_key", "api_base", "max_in_flight"} & set(record)
 
 
@@ -118,7 +118,7 @@ def test_a_second_run_makes_no_call_and_the_same_files(engine: Engine, bundled: 
     [
         (["--max-length", "300"], "max_length was 500 and is now 300"),
         (["--query-temperature", "1.0"], "query_temperature was 0.85 and is now 1.0"),
-        (["--corpus", "qa_examples.jsonl", "--text-field", "context"], "corpus was 'DailyM'"),
+        (["--corpus", "qa_examples.jsonl", "--text-field", "context"], "the content of the corpus has changed"),
     ],
 )
 def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
@@ -277,7 +277,8 @@ def test_an_ugly_corpus_is_counted_skipped_and_cut_never_fatal(engine: Engine, t
     [
         (["--corpus", "no/such/folder/here"], ["no/such/folder/here"]),
         (["--corpus", "qa_examples.jsonl"], ["'article'", "'context', 'question', 'answer'", "--text-field"]),
-        (["--min-lenght", "20"], ["--min-lenght", "--help"]),
+        (["--min-lenght", "20"], ["--min-lenght", "do you mean --min-length?", "--help"]),
+        (["--max_length", "20"], ["--max_length", "do you mean --max-length?"]),
         (["--max-length", "many"], ["--max-length", "'many'"]),
         (["--api-model", "gpt-none"], ["'gpt-none'", "'augcon-demo-not-an-llm'"]),
         (["--results", "README.md"], ["README.md", "cannot be written"]),

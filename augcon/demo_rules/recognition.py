@@ -5,7 +5,8 @@ import re
 from typing import Literal
 
 from augcon import text
-from augcon.prompts import Message, Prompts, load_prompts
+from augcon.errors import UserError
+from augcon.prompts import Message, Prompts, load_prompts, prompts_file
 from augcon.text import Language
 
 _LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -42,7 +43,7 @@ def recognise(messages: list[Message]) -> Task:
 def _instruction(prompt: str) -> tuple[str, Prompts, str]:
     """The instruction that a prompt begins with: its kind, language and text."""
     for language in _LANGUAGES:
-        prompts = load_prompts(language)
+        prompts = _prompts_now(language)
         instructions = {
             "tree": prompts.cst_instruction,
             "weak tree": prompts.weak_instruction,
@@ -52,7 +53,22 @@ def _instruction(prompt: str) -> tuple[str, Prompts, str]:
         for kind, instruction in instructions.items():
             if prompt.startswith(instruction):
                 return kind, prompts, instruction
-    return "other", load_prompts(text.language(prompt[:2000])), ""
+    return "other", _prompts_now(text.language(prompt[:2000])), ""
+
+
+_read: dict[Language, tuple[int, Prompts]] = {}
+
+
+def _prompts_now(language: Language) -> Prompts:
+    """The prompts as their file stands: users edit it while the engine runs. A broken edit leaves the old ones."""
+    changed = prompts_file(language).stat().st_mtime_ns
+    if language not in _read or _read[language][0] != changed:
+        try:
+            _read[language] = changed, load_prompts.__wrapped__(language)
+        except UserError:
+            if language not in _read:
+                raise
+    return _read[language][1]
 
 
 def turns_of(prompt: str) -> list[Message]:

@@ -162,10 +162,15 @@ def disarm(text: str) -> str:
 _FOLDER = Path(__file__).parent
 
 
+def prompts_file(language: Language) -> Path:
+    """The file that holds the prompts of a language."""
+    return _FOLDER / f"{language}.toml"
+
+
 @functools.cache
 def load_prompts(language: Language) -> Prompts:
     """The prompts of a language, read from its file. Raises UserError where the file was edited amiss."""
-    path = _FOLDER / f"{language}.toml"
+    path = prompts_file(language)
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_texts(data, "")
