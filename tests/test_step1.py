@@ -5,6 +5,8 @@ import json
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import ROOT, SHARED_CORPUS, Engine, demo_engine, run, says_one_line, start
+from conftest import ROOT, SHARED_CORPUS, Engine, clean_environment, demo_engine, run, says_one_line, start
 
 from augcon.cst import OUTCOMES
 from augcon.diversity import DiverseQueries
@@ -287,6 +289,12 @@ def test_an_ugly_corpus_is_counted_skipped_and_cut_never_fatal(engine: Engine, t
 def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path, flags: list[str], parts: list[str]):
     flags = flags if "--results" in flags else [*flags, "--results", str(tmp_path / "r")]
     assert says_one_line(run("step1_gen_q.py", "--api-base", engine.api, *flags), *parts)
+
+
+def test_the_bundled_corpus_is_found_from_any_folder(engine: Engine, tmp_path: Path):
+    command = [sys.executable, ROOT / "step1_gen_q.py", "--api-base", engine.api, "--negatives", "0"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True)
+    assert done.returncode == 0 and (tmp_path / "results" / "queries.json").exists()
 
 
 def test_no_server_is_one_line(tmp_path: Path):
