@@ -88,6 +88,13 @@ class Settings(BaseSettings):
         le=604800,
     )
 
+    # The server that AugCon starts itself
+    demo: bool = operational(False, "in place of the model, the demonstration engine: rules, not an LLM")
+    tensor_parallel: int = operational(
+        0, "GPUs that share one copy of the model; 0: as many as there are and its heads allow", ge=0
+    )
+    serve_arguments: str = operational("", "further arguments for vLLM, in one string")
+
     # Root contexts
     max_length: int = outcome(
         1,
@@ -118,6 +125,39 @@ class Settings(BaseSettings):
     )
     max_passes: int = outcome(1, 6, "most trees grown over one root context to fill its quota", ge=1, le=1000)
     negatives: int = outcome(1, 500, "scorer pairs per type of negative (paper 4.1)", ge=0)
+
+    # Step 2: scorer, rank, filter, refill
+    scorer_model: str = outcome(
+        2, "", "base of the scorer, a hub name or folder; empty: the model setting. A small one does for most people"
+    )
+    scorer_epochs: int = outcome(2, 4, "passes over the scorer's pairs (paper 4.1)", ge=1, le=1000)
+    scorer_batch: int = outcome(2, 4, "scorer pairs per GPU and step (paper 4.1)", ge=1)
+    scorer_learning_rate: float = outcome(2, 5e-5, "peak learning rate of the scorer (paper 4.1)", gt=0, le=1)
+    scorer_max_tokens: int = outcome(
+        2, 2048, "longest context and question in tokens; a longer context is cut, the question stays", ge=64
+    )
+    score_only: bool = operational(False, "step 2: train nothing, use the scorer that is there")
+    sweep: bool = outcome(2, True, "keep no question that is nearly another root context's, anywhere in the corpus")
+    max_refills: int = outcome(
+        2,
+        1,
+        "times that root contexts short of their quota after step 2 go back to step 1 for one more tree",
+        ge=0,
+        le=100,
+    )
+
+    # Step 3: answers
+    qa_examples: str = operational(
+        "qa_examples.jsonl,qa_examples_en.jsonl",
+        "example answers written by people: .jsonl files of context, question, answer, separated by commas; "
+        "each question gets examples of its own language where there are some",
+        min_length=1,
+    )
+    answer_temperature: float = outcome(3, 0.2, "sampling temperature for answers (paper 4.1)", ge=0, le=2)
+    answer_max_tokens: int = outcome(3, 4096, "most tokens of an answer (paper 4.1)", ge=16)
+    demonstrations: int = outcome(3, 3, "examples shown with each question", ge=1, le=20)
+    candidates: int = outcome(3, 16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
+    answer_tries: int = outcome(3, 3, "times an answer is asked for until nothing is wrong with it", ge=1, le=100)
 
     # Any random choice
     seed: int = outcome(1, 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
@@ -153,15 +193,17 @@ def load_settings(doc: str) -> Settings:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
             raise UserError(f"the environment sets {name}, which is no setting{_meant(name, known)}; see --help")
     Settings.__doc__ = doc
+    # The deepspeed launcher tells each of its processes its number, in the environment too.
+    flags = [flag for flag in sys.argv[1:] if not re.match(r"--local[_-]rank(=|$)", flag)]
     try:
-        return Settings(_cli_settings_source=CliSettingsSource(Settings, cli_parse_args=True))
+        return Settings(_cli_settings_source=CliSettingsSource(Settings, cli_parse_args=flags))
     except ValidationError as error:
         raise UserError("; ".join(map(_say, error.errors()))) from error
     except SettingsError as error:
         said = _LOOKS_LIKE_A_KEY.sub(r"\1***", str(error).removeprefix("error parsing CLI: "))
-        flags = {"--" + name.replace("_", "-") for name in Settings.model_fields}
+        names = {"--" + name.replace("_", "-") for name in Settings.model_fields}
         unknown = said.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
-        raise UserError(f"{said}{_meant(unknown, flags)}; see --help for all settings") from None
+        raise UserError(f"{said}{_meant(unknown, names)}; see --help for all settings") from None
 
 
 def _meant(name: str, names: set[str]) -> str:

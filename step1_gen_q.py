@@ -9,21 +9,18 @@ scorer_pairs (good and worse queries, for step 2). Run it again and it goes on w
 
 import asyncio
 import gc
-import hashlib
 import math
 import time
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
-from augcon import cst, pairs, progress, prompts
-from augcon.corpus import RootContext, read_corpus, split_corpus
-from augcon.errors import UserError, stage
-from augcon.llm import LLM, Reply, Request, Server
+from augcon import cst, pairs, progress
+from augcon.corpus import RootContext
+from augcon.errors import stage
+from augcon.llm import LLM, Reply, Request
 from augcon.ordered import map_in_order
+from augcon.recipes import inputs, prompts_for, report_calls, root_contexts, say, server
 from augcon.results import Results, context_row
 from augcon.store import Store
-from augcon.text import language
 from config import Settings, load_settings
 
 
@@ -41,46 +38,21 @@ def main() -> None:
 async def run(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: root contexts, trees, scorer pairs, figures."""
     started = time.monotonic()
-    roots = root_contexts(settings)
+    roots, left_out = root_contexts(settings)
+    articles = len({root.article for root in roots})
+    wanted = sum(root.quota for root in roots)
+    print(f"corpus:  {articles:,} articles{left_out}; {len(roots):,} root contexts, {wanted:,} pairs wanted")
     async with LLM(server(settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
         other = "" if model == settings.model else f" (the model setting, for the steps to come: {settings.model!r})"
         print(f"server:  {settings.api_base} serves {model!r}{other}")
-        results.settle(1, {**settings.made_with(), **inputs(settings, roots, model)})
+        results.settle(1, {**settings.made_with(), **inputs(settings, roots), "model served": (1, model)})
         results.write_lines(results.contexts, map(context_row, roots))
 
         sample = await grow_trees(settings, results, llm, roots)
         await make_pairs(settings, results, llm, roots, sample)
         report_calls(llm, time.monotonic() - started)
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
-
-
-def root_contexts(settings: Settings) -> list[RootContext]:
-    """The corpus cut into root contexts. Raises UserError when there is no text in it."""
-    skipped: Counter[str] = Counter()
-    bundled = Path(__file__).with_name("DailyM")  # found from any working directory
-    rows = read_corpus(str(bundled) if settings.corpus == bundled.name else settings.corpus, settings.text_field)
-    roots = list(split_corpus(rows, settings.max_length, settings.quota_unit, skipped))
-    left_out = f", {skipped.total()} skipped ({say(skipped)})" if skipped else ""
-    if not roots:
-        raise UserError(f"corpus {settings.corpus!r} has no article with text{left_out}")
-    articles = len({root.article for root in roots})
-    wanted = sum(root.quota for root in roots)
-    print(f"corpus:  {articles:,} articles{left_out}; {len(roots):,} root contexts, {wanted:,} pairs wanted")
-    return roots
-
-
-def server(settings: Settings) -> Server:
-    """The part of the settings that says how to ask."""
-    return Server(
-        api_base=settings.api_base,
-        api_key=settings.api_key.get_secret_value(),
-        completions=settings.completions,
-        max_in_flight=settings.max_in_flight,
-        request_timeout=settings.request_timeout,
-        server_wait=settings.server_wait,
-        seed=settings.seed,
-    )
 
 
 def rules(settings: Settings) -> cst.TreeRules:
@@ -95,24 +67,6 @@ def rules(settings: Settings) -> cst.TreeRules:
         max_passes=settings.max_passes,
         pattern_length=settings.max_length if settings.structured_output else None,
     )
-
-
-def inputs(settings: Settings, roots: list[RootContext], model: str) -> dict[str, tuple[int, Any]]:
-    """What shapes the outcome besides the settings: the corpus as cut, the prompts, the model that answers."""
-    digest = hashlib.sha256()
-    for root in roots:
-        digest.update(f"{root.article} {root.start} {root.quota} {root.text}\n".encode())
-    asked_with = sorted({prompts_for(settings, root) for root in roots}, key=lambda of: of.language)
-    return {
-        "content of the corpus": (1, digest.hexdigest()[:16]),
-        "content of the prompts": (1, {of.language: of.cst_digest() for of in asked_with}),
-        "model served": (1, model),
-    }
-
-
-def prompts_for(settings: Settings, root: RootContext) -> prompts.Prompts:
-    """The prompts in the language of a root context, unless the settings name one."""
-    return prompts.load_prompts(language(root.text) if settings.language == "auto" else settings.language)
 
 
 async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list[RootContext]) -> list[pairs.Query]:
@@ -133,7 +87,7 @@ async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list
                 left = max(left - 1, 0)
                 return reply
 
-            result = await cst.fill_root(ask, prompts_for(settings, root), root, rules(settings))
+            result = await cst.fill_root(ask, prompts_for(settings, root.text), root, rules(settings))
             bar.update(left)
             return result
 
@@ -195,7 +149,7 @@ async def make_pairs(
     lost: Counter[str] = Counter()
     outcomes = pairs.scorer_pairs(
         llm.ask,
-        lambda root: prompts_for(settings, roots[root]),
+        lambda root: prompts_for(settings, roots[root].text),
         sample,
         settings.negatives,
         rules(settings),
@@ -215,25 +169,6 @@ async def make_pairs(
     lost["left out for balance"] = sum(map(len, made.values())) - len(kept)
     print(f"pairs:   {len(kept):,} for the scorer: {say(Counter(pair.type for pair in kept)) or 'none'}", end="")
     print(f"; thrown away: {say(+lost)}" if +lost else "")
-
-
-def report_calls(llm: LLM, seconds: float) -> None:
-    """The figures of the client."""
-    retries = Counter({kind: n for kind, n in llm.counts.items() if kind.startswith("retries")})
-    calls = llm.counts["calls"]
-    print(
-        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the "
-        f"store, {llm.counts['shared']:,} shared by equal requests, "
-        f"{llm.counts['prompt tokens']:,} prompt and {llm.counts['reply tokens']:,} reply tokens"
-        + (f", {say(retries)}" if retries else "")
-        + f"; {seconds:.0f} s"
-    )
-
-
-def say(counts: Counter[str]) -> str:
-    """Counts in words, the largest first; of many, the first eight."""
-    words = [f"{name} {number:,}" for name, number in counts.most_common()]
-    return ", ".join(words[:8] + [f"and {len(words) - 8:,} more"] * (len(words) > 8))
 
 
 if __name__ == "__main__":

@@ -28,11 +28,27 @@ class Results:
         self.folder = Path(folder)
         self.store = self.folder / "replies.sqlite"
         self.record = self.folder / "settings.json"
+        self.finished_file = self.folder / "finished.json"
         self.contexts = self.folder / "contexts.jsonl"
         self.nodes = self.folder / "nodes.jsonl"
         self.queries = self.folder / "queries.json"
         self.scorer_pairs = self.folder / "scorer_pairs"
         self.short_roots = self.folder / "short_roots.jsonl"
+        self.refills = self.folder / "refills.json"  # the roots that step 2 sends back to step 1, round by round
+        self.scorer = self.folder / "scorer"
+        self.scores = self.folder / "scores.jsonl"
+        self.filtered_queries = self.folder / "filtered_queries.json"
+        self.example_search = self.folder / "example_search.json"
+        self.sft_data = self.folder / "sft_data"
+        self.sft_origins = self.folder / "sft_origins.jsonl"  # a line a pair of sft_data: where it came from
+        self.dropped_queries = self.folder / "dropped_queries.jsonl"
+        self.checkpoints = self.folder / "ckpts"
+        self.lora = self.folder / "LoRA"
+        self.log = self.folder / "log.json"
+        self.loss_plot = self.folder / "loss.png"
+        self.sft_model = self.folder / "sft_model"
+        self.outputs = self.folder / "outputs"
+        self.server_log = self.folder / "server.log"
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -51,19 +67,18 @@ class Results:
                 ) from error
             yield
 
-    def settle(self, step: int, made_with: dict[str, tuple[int, Any]]) -> None:
+    def settle(self, step: int, made_with: dict[str, tuple[int, Any]], since: int = 1) -> None:
         """Records what step ``step`` is made with, or refuses a folder that was made with something else.
 
         ``made_with`` maps a name to (first step that it changes, value); only what changes this step or
-        one before it counts.
+        one from ``since`` on before it counts.
         """
-        mine = {name: value for name, (first, value) in made_with.items() if 0 < first <= step}
-        try:
-            kept = json.loads(self.record.read_text(encoding="utf-8")) if self.record.exists() else {}
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.record} cannot be read ({one_line(error)}); restore or remove the folder"
-            ) from error
+        mine = {name: value for name, (first, value) in made_with.items() if since <= first <= step}
+        self.write_json(self.record, {**self.check(mine), **mine})
+
+    def check(self, mine: dict[str, Any]) -> dict[str, Any]:
+        """What the folder was made with. Raises UserError where ``mine`` differs from it."""
+        kept = self.read_json(self.record) if self.record.exists() else {}
         changes = [
             f"the {name} has changed"
             if name.startswith("content of")
@@ -76,7 +91,53 @@ class Results:
                 f"{self.folder} was made with other settings: {'; '.join(changes)}. Use the old settings, or "
                 f"another folder with --results; a copy of {self.store.name} in it saves the calls that are the same"
             )
-        self.write_json(self.record, {**kept, **mine})
+        return kept
+
+    def finish(self, step: int, **facts: Any) -> None:
+        """Records that a step has come to its end, with what the next step to run depends on."""
+        self.write_json(self.finished_file, {**self.finished(), f"step {step}": facts})
+
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """The steps that have come to their end ("step 1", …) with their facts."""
+        return self.read_json(self.finished_file) if self.finished_file.exists() else {}
+
+    def read_json(self, path: Path, made_by: str = "") -> Any:
+        """A JSON file of this folder. Raises UserError when it is not there, naming who makes it, or is damaged."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}; run {made_by or 'the steps before'} first") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}); remove it and run {made_by} again") from error
+
+    def read_lines(self, path: Path, made_by: str) -> Iterator[dict[str, Any]]:
+        """The rows of a JSON Lines file of this folder; raises as ``read_json``."""
+        try:
+            with path.open(encoding="utf-8") as lines:
+                yield from map(json.loads, lines)
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}; run {made_by} first") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({one_line(error)}); remove it and run {made_by} again") from error
+
+    def read_contexts(self) -> list[RootContext]:
+        """The root contexts, as step 1 wrote them."""
+        return [RootContext(**row) for row in self.read_lines(self.contexts, "step1_gen_q.py")]
+
+    def read_queries(self, path: Path) -> dict[int, list[tuple[str, str]]]:
+        """(context, question) by root context, from ``queries.json`` or ``filtered_queries.json``."""
+        made_by = "step1_gen_q.py" if path == self.queries else "step2_scorer.py"
+        rows = self.read_json(path, made_by)
+        try:
+            return {int(root): [(context, query) for context, query in pairs] for root, pairs in rows.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is not of the shape {{root: [[context, question], …]}}; run {made_by}") from error
+
+    def write_queries(self, path: Path, queries: dict[int, list[tuple[str, str]]]) -> None:
+        """Writes (context, question) by root context."""
+        with self.writing(path) as file:
+            lines = (f'"{root}": {json.dumps(pairs, ensure_ascii=False)}' for root, pairs in queries.items())
+            file.write("{\n" + ",\n".join(lines) + "\n}\n")
 
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[IO[str]]:
@@ -123,21 +184,20 @@ class Results:
             queries_file.write("\n}\n")
 
     def write_pairs(self, pairs: list[ScorerPair]) -> None:
-        """Writes ``scorer_pairs``, in place of the one that is there; no pairs, no dataset."""
-        if not pairs:
-            shutil.rmtree(self.scorer_pairs, ignore_errors=True)
-            return
+        """Writes ``scorer_pairs``."""
         names = [field.name for field in dataclasses.fields(ScorerPair)]
-        features = datasets.Features({name: datasets.Value("int64" if name == "root" else "string") for name in names})
-        columns = {name: [getattr(pair, name) for pair in pairs] for name in names}
-        self._replace_dataset(self.scorer_pairs, datasets.Dataset.from_dict(columns, features=features))
+        self.write_dataset(self.scorer_pairs, {name: [getattr(pair, name) for pair in pairs] for name in names})
 
-    def _replace_dataset(self, path: Path, dataset: datasets.Dataset) -> None:
+    def write_dataset(self, path: Path, columns: dict[str, list[str] | list[int]]) -> None:
+        """Writes a dataset in place of the one that is there; no rows, no dataset, for it could not be loaded."""
+        if not any(columns.values()):
+            shutil.rmtree(path, ignore_errors=True)
+            return
         unfinished = path.with_name(path.name + ".unfinished")
         datasets.disable_progress_bars()
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
-            dataset.save_to_disk(unfinished)
+            datasets.Dataset.from_dict(columns).save_to_disk(unfinished)
             shutil.rmtree(path, ignore_errors=True)
             unfinished.replace(path)
         except OSError as error:
