@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_chinese import Rouge
 
-from augcon.diversity import DiverseQueries, rouge_l_precision
+from augcon.diversity import DiverseQueries, Sweep, rank_and_filter, rouge_l_precision
 from augcon.text import words
 
 FEW_WORDS = st.lists(st.sampled_from("abcd"), max_size=12)
@@ -72,3 +72,56 @@ def test_later_offers_are_compared_with_all_that_was_kept_before():
     assert diverse.offer_all(["面包店几点开门？", "谁在雨里唱歌？"]) == 2
     assert diverse.offer_all(["谁在雨里唱歌？", "面包店几点开门？"]) == 2
     assert not diverse.offer("") and not diverse.offer(" \n")
+
+
+QUERIES = st.lists(CHINESE | st.text(st.sampled_from("ab c？"), max_size=12), max_size=12)
+THRESHOLDS = st.sampled_from([0.3, 0.5, 0.7, 1.0])
+
+
+def plainly_alike(one: str, other: str, threshold: float) -> bool:
+    """Each is made of the other's words, by the definition of the sweep."""
+    a, b = words(one), words(other)
+    return plain_lcs(a, b) / max(len(a), len(b), 1) >= threshold
+
+
+@given(st.lists(QUERIES.filter(any), min_size=1, max_size=4), THRESHOLDS, st.integers(1, 5), st.booleans(), st.data())
+def test_ranked_queries_are_kept_as_a_plain_reading_of_the_method_keeps_them(corpus, threshold, quota, swept, data):
+    sweep = Sweep(threshold) if swept else None
+    elsewhere: list[str] = []
+    for queries in corpus:
+        scores = data.draw(st.lists(st.sampled_from([-1.5, 0.0, 2.0]), min_size=len(queries), max_size=len(queries)))
+        kept, fates = rank_and_filter(queries, scores, quota, threshold, sweep)
+
+        expected: list[int] = []
+        for place in sorted(range(len(queries)), key=lambda place: (-scores[place], place)):
+            cut = words(queries[place])
+            diverse = cut and all(plain_lcs(cut, words(queries[other])) / len(cut) < threshold for other in expected)
+            new = not swept or not any(plainly_alike(queries[place], other, threshold) for other in elsewhere)
+            if len(expected) < quota and diverse and new:
+                expected.append(place)
+        elsewhere += [queries[place] for place in expected]
+        assert kept == expected
+        assert [place for place, fate in enumerate(fates) if fate == "kept"] == sorted(expected)
+
+
+def test_every_query_has_its_fate_and_the_place_of_one_swept_goes_to_the_next_in_rank():
+    sweep = Sweep(0.7)
+    first = ["面包店早上几点开门？", "谁在雨里唱歌？"]
+    assert rank_and_filter(first, [1.0, 2.0], 2, 0.7, sweep) == ([1, 0], ["kept", "kept"])
+    second = ["面包店早上几点开门呢？", "猫为什么怕水？", "猫为什么怕水啊？", "山上有什么树？", "河水从哪里来？"]
+    assert rank_and_filter(second, [9.0, 8.0, 7.0, 6.0, 5.0], 2, 0.7, sweep) == (
+        [1, 3],
+        ["alike elsewhere", "kept", "alike", "kept", "over quota"],
+    )
+    assert rank_and_filter(second, [9.0, 8.0, 7.0, 6.0, 5.0], 2, 0.7) == (
+        [0, 1],
+        ["kept", "kept", "over quota", "over quota", "over quota"],
+    )
+
+
+@given(CHINESE, CHINESE, THRESHOLDS)
+def test_the_sweep_is_symmetric(one, other, threshold):
+    there, back = Sweep(threshold), Sweep(threshold)
+    there.add(one)
+    back.add(other)
+    assert there.has_like(other) == back.has_like(one)
