@@ -2,7 +2,8 @@
 
 Reads the corpus. Writes into results/: contexts.jsonl (the root contexts), nodes.jsonl (every node and its
 fate), queries.json (the queries), short_roots.jsonl (roots short of their quota, with the reason) and
-scorer_pairs (good and worse queries, for step 2). Run it again and it goes on where it was.
+scorer_pairs (good and worse queries, for step 2). Run it again and it goes on where it was; when step 2 has left
+refills.json, it grows one more tree over each root context that is named there.
 
     python step1_gen_q.py --api-base http://127.0.0.1:8000/v1
 """
@@ -49,9 +50,11 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
         results.settle(1, {**settings.made_with(), **inputs(settings, roots), "model served": (1, model)})
         results.write_lines(results.contexts, map(context_row, roots))
 
-        sample = await grow_trees(settings, results, llm, roots)
+        rounds = results.read_json(results.refills) if results.refills.exists() else []
+        sample = await grow_trees(settings, results, llm, roots, Counter(root for short in rounds for root in short))
         await make_pairs(settings, results, llm, roots, sample)
         report_calls(llm, time.monotonic() - started)
+        results.finish(1, refills=len(rounds))
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
 
 
@@ -69,8 +72,13 @@ def rules(settings: Settings) -> cst.TreeRules:
     )
 
 
-async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list[RootContext]) -> list[pairs.Query]:
-    """Grows the trees of every root context and writes them; returns a random sample of their queries."""
+async def grow_trees(
+    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], refills: Counter[int]
+) -> list[pairs.Query]:
+    """Grows the trees of every root context and writes them; returns a random sample of their queries.
+
+    ``refills`` counts the further trees that step 2 wants of a root context.
+    """
     tally = Tally(settings)
     share = {root.root: math.ceil(settings.oversample * root.quota) for root in roots}  # of the progress
     with progress.bar(sum(share.values()), "trees", "queries") as bar, results.writing_trees() as write:
@@ -87,7 +95,9 @@ async def grow_trees(settings: Settings, results: Results, llm: LLM, roots: list
                 left = max(left - 1, 0)
                 return reply
 
-            result = await cst.fill_root(ask, prompts_for(settings, root.text), root, rules(settings))
+            result = await cst.fill_root(
+                ask, prompts_for(settings, root.text), root, rules(settings), refills[root.root]
+            )
             bar.update(left)
             return result
 
@@ -106,7 +116,7 @@ class Tally:
         self.fates: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
         self.short: list[dict[str, int | str]] = []
-        self.roots = self.quota = self.passes = self.diverse = self.asked_again = 0
+        self.roots = self.quota = self.passes = self.refills = self.queries = self.diverse = self.asked_again = 0
         # Twice what the pairs need: some negatives are thrown away.
         self.sample = pairs.Reservoir(2 * len(pairs.NEGATIVES) * settings.negatives, settings.seed)
 
@@ -115,11 +125,14 @@ class Tally:
         self.roots += 1
         self.quota += result.root.quota
         self.passes += result.passes
+        self.refills += result.refills
         self.diverse += result.diverse
         for node in result.nodes:
             self.fates[node.outcome] += 1
             if node.query is not None:
-                self.sample.offer((node.root, node.context, node.query))
+                self.queries += 1
+                if node.pass_number < result.passes - result.refills:  # a refill leaves the scorer's pairs as they are
+                    self.sample.offer((node.root, node.context, node.query))
             elif node.detail:
                 self.reasons[f"{node.outcome}: {node.detail}"] += 1
         if result.shortfall:
@@ -129,12 +142,13 @@ class Tally:
         """Prints the figures."""
         print(
             f"trees:   {self.fates.total():,} nodes in {self.passes:,} passes: {say(self.fates)}"
+            + (f"; {self.refills:,} of the passes to refill roots that step 2 left short" if self.refills else "")
             + (f"; asked again {self.asked_again:,} times for a reply that parses" if self.asked_again else "")
         )
         if self.reasons:
             print(f"lost:    {say(self.reasons)}")
         print(
-            f"queries: {self.sample.offered:,}, of which mutually diverse within their root {self.diverse:,} "
+            f"queries: {self.queries:,}, of which mutually diverse within their root {self.diverse:,} "
             f"({self.diverse / self.quota:.2f} of the quota)"
         )
         print(f"roots:   {self.roots - len(self.short):,} of {self.roots:,} have their quota", end="")

@@ -145,12 +145,16 @@ async def parsed_reply(ask: Ask, request: Request, tries: int, parse: Callable[[
 
 @dataclasses.dataclass(frozen=True)
 class RootResult:
-    """All trees over one root context. ``diverse`` counts its mutually diverse queries."""
+    """All trees over one root context, the last ``refills`` of them grown because step 2 left it short.
+
+    ``diverse`` counts its mutually diverse queries.
+    """
 
     root: RootContext
     nodes: list[Node]
     passes: int
     diverse: int
+    refills: int = 0
 
     @property
     def shortfall(self) -> str:
@@ -163,16 +167,21 @@ class RootResult:
         return ", ".join(outcomes) if outcomes else "nothing to ask"
 
 
-async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, first_pass: int = 0) -> RootResult:
-    """Grows trees until they hold ``oversample`` quotas of mutually diverse queries, or ``max_passes``."""
+async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, refills: int = 0) -> RootResult:
+    """Grows trees until they hold ``oversample`` quotas of mutually diverse queries, or ``max_passes``.
+
+    Then ``refills`` trees more, for a root context that step 2 left short.
+    """
     diverse = DiverseQueries(rules.rouge_threshold)
     nodes: list[Node] = []
-    passes = kept = 0
-    while passes < rules.max_passes and kept < rules.oversample * root.quota:
-        tree = await grow_tree(ask, prompts, root, rules, first_pass + passes)
+    passes = kept = refilled = 0
+    wanted = rules.oversample * root.quota
+    while (filling := not refilled and passes < rules.max_passes and kept < wanted) or refilled < refills:
+        refilled += not filling
+        tree = await grow_tree(ask, prompts, root, rules, passes)
         passes += 1
         nodes += tree
         kept = diverse.offer_all(node.query for node in tree if node.query)
         if tree[0].outcome in {"too short", "failed"}:
             break  # another pass would meet the same
-    return RootResult(root, nodes, passes, kept)
+    return RootResult(root, nodes, passes, kept, refilled)

@@ -198,6 +198,20 @@ def test_a_root_that_can_bear_no_query_is_tried_once_and_says_why(text: str, rea
     assert (result.passes, result.shortfall) == (1, reason)
 
 
+def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
+    numbers = itertools.count()
+
+    def fresh(context: str, _: Request) -> str:
+        return PROMPTS.cst_reply(f"第{next(numbers)}个问题问的是什么？", (context, ""))
+
+    before = asyncio.run(cst.fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES))
+    numbers = itertools.count()
+    after = asyncio.run(cst.fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES, refills=2))
+    assert (after.passes, after.refills) == (before.passes + 2, 2) and before.refills == 0
+    assert after.nodes[: len(before.nodes)] == before.nodes
+    assert [node.pass_number for node in after.nodes if not node.path] == list(range(after.passes))
+
+
 def pairs_of(model: Model, positives: list[tuple[int, str, str]], per_type: int = 100) -> list[pairs.ScorerPair | str]:
     async def collect() -> list[pairs.ScorerPair | str]:
         source = pairs.scorer_pairs(model, lambda root: PROMPTS, positives, per_type, RULES, seed=1, window=8)

@@ -341,3 +341,24 @@ def test_real_articles_meet_their_quota(engine: Engine, tmp_path: Path):
     short = len(lines(tmp_path / "r" / "short_roots.jsonl"))
     assert f"{len(contexts) - short:,} of {len(contexts):,} have their quota" in done.stdout
     assert short <= 0.02 * len(contexts)
+
+
+def test_roots_that_step_2_left_short_get_further_trees_and_nothing_else_changes(
+    engine: Engine, corpus: Path, tmp_path: Path
+):
+    flags = ["--corpus", corpus, "--results", tmp_path / "r", "--negatives", 5, "--api-base", engine.api]
+    assert run("step1_gen_q.py", *flags).returncode == 0
+    before, nodes = outcome_of(tmp_path / "r"), lines(tmp_path / "r" / "nodes.jsonl")
+    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 0}}
+
+    (tmp_path / "r" / "refills.json").write_text("[[0, 2], [2]]")
+    again = run("step1_gen_q.py", *flags)
+    assert again.returncode == 0 and "3 of the passes to refill roots" in again.stdout
+    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 2}}
+    assert outcome_of(tmp_path / "r")["pairs"] == before["pairs"]
+    after = lines(tmp_path / "r" / "nodes.jsonl")
+    assert [node for node in after if node in nodes] == nodes
+    further = [node for node in after if node not in nodes]
+    assert Counter(node["root"] for node in further if not node["path"]) == {0: 1, 2: 2}
+    queries = json.loads((tmp_path / "r" / "queries.json").read_text())
+    assert sum(map(len, queries.values())) == sum(node["query"] is not None for node in after)
