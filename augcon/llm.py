@@ -123,11 +123,13 @@ class LLM:
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._wrong_key(error) from error
         except (openai.APIError, TypeError, AttributeError, ValueError):
-            pass  # a gateway that does not list its models: the first call will tell
+            pass  # a gateway that does not list its models
         wanted = api_model or (self.served[0] if len(self.served) == 1 else model)
         if self.served and wanted not in self.served:
             raise UserError(self._unknown_model(wanted))
         self.model = wanted
+        if not self.served:  # whether address and name are right, one token tells
+            await self._ask_server(self._body(_NEUTRAL))
         return wanted
 
     async def ask(self, request: Request) -> Reply:
@@ -221,7 +223,7 @@ class LLM:
             with attempt:
                 async with asyncio.timeout(self.server.request_timeout):
                     if alone:  # nothing else tells whether the server is down or this request is bad
-                        await self._call({**body, **self._body(Request([{"role": "user", "content": "1"}], 0, 1))})
+                        await self._call({**body, **self._body(_NEUTRAL)})
                         self._succeeded(shape)
                     reply = await self._call(body)
         self._succeeded(shape)
@@ -293,6 +295,7 @@ class LLM:
         )
 
 
+_NEUTRAL = Request([{"role": "user", "content": "1"}], temperature=0, max_tokens=1)
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
 
 

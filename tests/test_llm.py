@@ -546,6 +546,17 @@ def test_a_server_that_lists_no_models_is_used_all_the_same(store: Store, listin
     play(main())
 
 
+def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_connecting(store: Store):
+    unknown = always(refuses(404, "The model `mine` does not exist"))
+
+    async def main() -> None:
+        async with ScriptedServer(unknown, models=answers("[]")) as server, LLM(Server(server.url), store) as llm:
+            with pytest.raises(UserError, match="'mine'.*--api-model"):
+                await llm.connect("mine")
+
+    play(main())
+
+
 def test_a_refused_key_is_said_on_connecting(store: Store):
     async def main() -> None:
         async with ScriptedServer(echo, models=refuses(401)) as server, LLM(Server(server.url), store) as llm:
