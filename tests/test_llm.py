@@ -551,7 +551,7 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
 
     async def main() -> None:
         async with ScriptedServer(unknown, models=answers("[]")) as server, LLM(Server(server.url), store) as llm:
-            with pytest.raises(UserError, match="'mine'.*--api-model"):
+            with pytest.raises(UserError, match=r"'mine'.*--api-model"):
                 await llm.connect("mine")
 
     play(main())
