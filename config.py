@@ -137,7 +137,14 @@ class Settings(BaseSettings):
         2, 2048, "longest context and question in tokens; a longer context is cut, the question stays", ge=64
     )
     score_only: bool = operational(False, "step 2: train nothing, use the scorer that is there")
-    sweep: bool = outcome(2, True, "keep no question that is nearly another root context's, anywhere in the corpus")
+    sweep_threshold: float = outcome(
+        2,
+        0.9,
+        "a question whose ROUGE-L precision with one of another root context is at least this, both ways, is a "
+        "duplicate and goes; 0: no such sweep. Higher than within a root: the same question about another thing stays",
+        ge=0,
+        le=1,
+    )
     max_refills: int = outcome(
         2,
         1,
