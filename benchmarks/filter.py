@@ -43,7 +43,7 @@ def main() -> None:
         f"plain {plain_time:.2f} s, AugCon {our_time:.3f} s, with its words cut before {again:.3f} s: "
         f"ratio {plain_time / our_time:.0f}, {plain_time / again:.0f}"
     )
-    kept, seconds = chosen(roots, Sweep(THRESHOLD))
+    kept, seconds = chosen(roots, Sweep(0.9))
     queries, left = sum(map(len, roots)), sum(map(len, kept))
     print(f"all {queries:,} queries, swept across the corpus: {left:,} kept, {seconds:.1f} s")
 
