@@ -7,6 +7,7 @@ from typing import Any
 
 import config
 from augcon import prompts
+from augcon.alignment import Example, read_examples
 from augcon.corpus import RootContext, read_corpus, split_corpus
 from augcon.errors import UserError
 from augcon.llm import LLM, Server
@@ -24,6 +25,17 @@ def root_contexts(settings: Settings) -> tuple[list[RootContext], str]:
     if not roots:
         raise UserError(f"corpus {settings.corpus!r} has no article with text{left_out}")
     return roots, left_out
+
+
+def qa_examples(settings: Settings) -> list[Example]:
+    """The example answers of all files that the settings name; those that come with AugCon are found from anywhere."""
+    examples = []
+    for name in filter(None, map(str.strip, settings.qa_examples.split(","))):
+        path, bundled = Path(name).expanduser(), Path(config.__file__).parent / name
+        examples += read_examples(bundled if bundled.exists() and not path.exists() else path)
+    if not examples:
+        raise UserError(f"--qa-examples names no file: {settings.qa_examples!r}")
+    return examples
 
 
 def inputs(settings: Settings, roots: list[RootContext]) -> dict[str, tuple[int, Any]]:

@@ -28,7 +28,7 @@ def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
 
     Raises Unparseable when a part is missing, or the question is unusable.
     """
-    visible = _without_thinking(reply)
+    visible = without_thinking(reply)
     question_label = _find_question(visible, prompts)
     if not question_label:
         raise Unparseable("no question")
@@ -42,7 +42,7 @@ def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
 
 def parse_question(reply: str, prompts: Prompts) -> str:
     """The query alone, from a reply that may end after it. Raises Unparseable as ``parse_split``."""
-    visible = _without_thinking(reply)
+    visible = without_thinking(reply)
     label = _find_question(visible, prompts)
     if not label:
         raise Unparseable("no question")
@@ -50,7 +50,7 @@ def parse_question(reply: str, prompts: Prompts) -> str:
     return _question(visible[label.end() : first.start() if first else None], prompts)
 
 
-def _without_thinking(reply: str) -> str:
+def without_thinking(reply: str) -> str:
     """The reply after the thinking block of a reasoning model; nothing when it never came out of it."""
     visible = re.split(r"</think(?:ing)?>", clean(reply))[-1]
     return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
@@ -58,19 +58,19 @@ def _without_thinking(reply: str) -> str:
 
 def _find_question(text: str, prompts: Prompts) -> re.Match[str] | None:
     labels = tuple(sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True))
-    return _label_line("|".join(map(re.escape, labels))).search(text)
+    return label_line("|".join(map(re.escape, labels))).search(text)
 
 
 def _find_half(text: str, prompts: Prompts, index: int, start: int) -> re.Match[str] | None:
     """The label of a half: ours if it is there, else another word for it, which the text itself may also hold."""
-    ours = _label_line(re.escape(prompts.labels.halves[index]))
-    others = _label_line(rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}")
+    ours = label_line(re.escape(prompts.labels.halves[index]))
+    others = label_line(rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}")
     return ours.search(text, start) or others.search(text, start)
 
 
 @functools.cache
-def _label_line(labels: str) -> re.Pattern[str]:
-    """A line that begins with a label: in bold, or before a colon, or alone.
+def label_line(labels: str) -> re.Pattern[str]:
+    """A line that begins with one of some labels (a regular expression): in bold, or before a colon, or alone.
 
     Each repetition is possessive, so that the time stays linear whatever a model repeats.
     """

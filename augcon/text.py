@@ -38,9 +38,13 @@ def length(text: str) -> int:
 
 def language(text: str) -> Language:
     """The language of a text: ``zh`` when it has at least one CJK character for every two Latin words."""
-    cjk = len(_CJK_CHARACTER.findall(text))
-    latin_words = len(re.findall(r"[A-Za-z]+", text))
-    return "zh" if cjk and 2 * cjk >= latin_words else "en"
+    cjk, latin = cjk_and_latin(text)
+    return "zh" if cjk and 2 * cjk >= latin else "en"
+
+
+def cjk_and_latin(text: str) -> tuple[int, int]:
+    """How many CJK characters and how many Latin words a text has."""
+    return len(_CJK_CHARACTER.findall(text)), len(re.findall(r"[A-Za-z]+", text))
 
 
 # Sentence ends. Full-width marks always end a sentence. ASCII marks do so before white space or a CJK

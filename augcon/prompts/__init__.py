@@ -100,6 +100,10 @@ class Prompts:
         longest = 120 if self.language == "zh" else 300
         return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
+    def grade_pattern(self) -> str:
+        """The same for a grade from 1 to 10."""
+        return self.line(_literal(self.labels.grade), "([1-9]|10)")
+
     def end_of_question(self) -> tuple[str, ...]:
         """Stop strings after the question, where the halves are not needed."""
         return tuple(f"\n{self.labels.halves[0]}{colon}" for colon in "：:")
@@ -111,6 +115,11 @@ class Prompts:
     def cst_digest(self) -> str:
         """A digest of what the Context-Split-Tree asks with, so that results of other prompts are not mixed."""
         parts = (self.labels, self.cst_instruction, self.weak_instruction, self.examples)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+    def answer_digest(self) -> str:
+        """The same of what answers are asked and graded with."""
+        parts = (self.labels, self.answer_instruction, self.grade_instruction)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _context(self, context: str) -> str:
