@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 from augcon.errors import UserError, one_line
 from augcon.processes import start
 
+_HOME = Path(__file__).parent.parent
+_MODULE = (sys.executable, "-P", "-m")  # -P: the working directory is the user's, and no place for modules
 _FAULT = re.compile(r"\b(\w*(?:Error|Exception): .+)")
 
 
@@ -65,7 +67,7 @@ def attention_heads(model: str) -> tuple[int, int]:
 
 def vllm_command(model: str, name: str, port: int, spread: Parallel | None, further: str) -> list[str]:
     """The command that serves ``model`` as ``name``; without ``spread`` for vLLM's CPU build."""
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command = [*_MODULE, "vllm.entrypoints.openai.api_server", "--model", model]
     command += ["--served-model-name", name, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--max-model-len", "auto"]  # the model's own, or what the memory allows
     command += ["--disable-uvicorn-access-log"]  # one line a request else
@@ -79,7 +81,7 @@ def vllm_command(model: str, name: str, port: int, spread: Parallel | None, furt
 
 def demo_command(port: int) -> list[str]:
     """The command that serves the demonstration engine."""
-    return [sys.executable, "-m", "augcon.demo_engine", "--host", "127.0.0.1", "--port", str(port)]
+    return [*_MODULE, "augcon.demo_engine", "--host", "127.0.0.1", "--port", str(port)]
 
 
 def require_vllm() -> None:
@@ -121,7 +123,7 @@ def port_of(api_base: str) -> int:
 class Server:
     """A server process with a log of its own; to be used inside ``processes.in_charge``, which ends it."""
 
-    def __init__(self, command: list[str], port: int, log: Path, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, command: list[str], port: int, log: Path, environment: dict[str, str]) -> None:
         self.port = port
         self.log = log
         try:
@@ -130,13 +132,9 @@ class Server:
                 file.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')} {shlex.join(command)}\n")
                 file.flush()
                 self._begin = file.tell()
-                self.process = start(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=file,
-                    stderr=file,
-                    env={**os.environ, **(environment or {})},
-                )
+                places = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))
+                environment = {**os.environ, **environment, "PYTHONPATH": places}
+                self.process = start(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
         except OSError as error:
             raise UserError(f"the server's log {log} cannot be written: {one_line(error)}") from error
 

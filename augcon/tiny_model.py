@@ -61,7 +61,8 @@ if __name__ == "__main__":
         sys.exit("usage: python -m augcon.tiny_model FOLDER")
     from augcon.corpus import read_corpus
 
+    bundled = Path(__file__).parent.parent / "DailyM"
     try:
-        make_tiny_model(Path(sys.argv[1]), (text for text in read_corpus("DailyM", "article") if text))
+        make_tiny_model(Path(sys.argv[1]), (text for text in read_corpus(str(bundled), "article") if text))
     except (UserError, OSError) as error:
         sys.exit(f"error: {one_line(error)}")
