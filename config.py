@@ -166,6 +166,28 @@ class Settings(BaseSettings):
     candidates: int = outcome(3, 16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
     answer_tries: int = outcome(3, 3, "times an answer is asked for until nothing is wrong with it", ge=1, le=100)
 
+    # Fine-tuning
+    epochs: int = outcome(4, 4, "passes over the pairs (paper 4.1)", ge=1, le=1000)
+    batch: int = outcome(
+        4, 4, "pairs per GPU and step, on average, for they are packed by length (paper 4.1); more is faster", ge=1
+    )
+    learning_rate: float = outcome(4, 5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
+    max_tokens: int = outcome(4, 4096, "longest question and answer in tokens; the end of a longer one is cut", ge=16)
+    held_out: float = outcome(
+        4, 0.05, "share of the pairs that is not trained on and gives the held-out loss", ge=0, le=0.5
+    )
+    quantize: Literal["auto", "nf4", "none"] = outcome(
+        4,
+        "auto",
+        "the base in training: 4-bit NF4 or plain 16-bit; auto: nf4 where there is a GPU. merge.py reads what it was",
+    )
+
+    # Merging
+    lora: str = operational("", "adapter to merge, a folder; empty: LoRA in the results folder")
+    base: str = operational("", "the adapter's base model, a hub name or folder; empty: the one that the adapter names")
+    output: str = operational("", "folder for the merged model; empty: sft_model in the results folder")
+    check: bool = operational(False, "compare the merged model's next words with those of base and adapter")
+
     # Any random choice
     seed: int = outcome(1, 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
 
