@@ -31,7 +31,7 @@ def divergence(merged: Path, base: Path, adapter: Path, trained: TrainedWith, te
     gc.collect()
     torch.cuda.empty_cache()
     total = 0.0
-    model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto", **where)
+    model = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=getattr(torch, trained.dtype), **where)
     for trained_says, merged_says in zip(wanted, _log_probabilities(model, inputs), strict=True):
         total += float((trained_says.exp() * (trained_says - merged_says)).sum())
     tokens = sum(ids.numel() for ids in inputs)

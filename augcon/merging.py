@@ -76,9 +76,12 @@ def merge(
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    with safe_open(shard, "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118 - it is no dict
-            yield name, weights.get_tensor(name)
+    try:
+        with safe_open(shard, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it is no dict
+                yield name, weights.get_tensor(name)
+    except SafetensorError as error:
+        raise UserError(f"{shard} cannot be read: {one_line(error)}") from error
 
 
 def _seen_in_training(weight: torch.Tensor, quantized: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
