@@ -1,9 +1,5 @@
-"""What the scorer's training and fine-tuning share: processes, base model, Trainer, checkpoints, figures.
+"""What the scorer's training and fine-tuning share: base model, tokenizer, Trainer, checkpoints, figures."""
 
-Scripts that train run under ``deepspeed --num_gpus N script.py``, or as one process under plain ``python``.
-"""
-
-import functools
 import hashlib
 import json
 import logging
@@ -11,13 +7,10 @@ import os
 import resource
 import shutil
 import socket
-import sys
 import time
 import warnings
-from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 # Before the libraries below look around for themselves.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -32,20 +25,15 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import peft  # noqa: E402
-import torch.distributed as dist  # noqa: E402
 import transformers  # noqa: E402
 
 from augcon import progress  # noqa: E402
 from augcon.errors import UserError, one_line  # noqa: E402
+from augcon.ranks import is_main, on_main, processes, wait_for_all, waiting_room  # noqa: E402
 
-Result = TypeVar("Result")
 Quantization = Literal["auto", "nf4", "none"]
 DEEPSPEED = Path(__file__).parent.parent / "deepspeed.json"
-_PATIENCE = timedelta(days=7)  # for the first process, which reads, filters and writes while the others wait
 _WEIGHTS = ("*.safetensors", "*.bin")
-
-
-# Processes
 
 
 def start_processes() -> None:
@@ -71,77 +59,7 @@ def start_processes() -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile C++ on the spot
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    _waiting_room()
-
-
-@functools.cache
-def _waiting_room() -> Any:
-    """A group in which processes may wait for hours; NCCL would take that for a failure."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
-
-
-def is_main() -> bool:
-    """Whether this is the first process, the one that prints and writes shared files."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def processes() -> int:
-    """How many processes take part."""
-    return dist.get_world_size()
-
-
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    dist.barrier(group=_waiting_room())
-
-
-def on_main(work: Callable[[], Result]) -> Result:
-    """What ``work`` returns in the first process, in all of them; a UserError there is one in all of them."""
-    said: list[Any] = [None, None]
-    if is_main():
-        try:
-            said[0] = work()
-        except UserError as error:
-            said[1] = str(error)
-    dist.broadcast_object_list(said, src=0, group=_waiting_room(), device=torch.device("cpu"))
-    if said[1] is not None:
-        raise UserError(said[1])
-    return said[0]
-
-
-def gather(mine: Result) -> list[Result]:
-    """What each process has, in all of them, in the order of the processes."""
-    everyone: list[Any] = [None] * processes()
-    dist.all_gather_object(everyone, mine, group=_waiting_room())
-    return everyone
-
-
-def one_voice(main: Callable[[], None]) -> Callable[[], None]:
-    """Under ``@stage``: only the first process tells of an error that a user can mend.
-
-    The launcher ends all processes when one ends in failure, so the others give the first the time to speak.
-    """
-
-    @functools.wraps(main)
-    def run() -> None:
-        try:
-            main()
-        except KeyboardInterrupt:
-            if is_main():
-                raise
-            sys.exit(130)
-        except UserError:
-            if not is_main():
-                time.sleep(20)  # only this process met the error if it still lives after that
-            raise
-        finally:
-            if dist.is_initialized() and sys.exc_info()[0] is None:
-                dist.destroy_process_group()
-
-    return run
-
-
-# Base model
+    waiting_room()
 
 
 def device() -> torch.device:
@@ -240,9 +158,6 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
             raise UserError(f"the tokenizer of model {model!r} has no token to pad with; set its pad_token")
         tokenizer.pad_token = usable[0]
     return tokenizer
-
-
-# Trainer
 
 
 def common_arguments(
