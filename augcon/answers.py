@@ -27,7 +27,7 @@ def parse_answer(
         raise Unparseable("control mark")
     if mentions_text(answer, context, question):
         raise Unparseable("speaks of the text")
-    if is_refusal(answer):
+    if is_refusal(answer, context):
         raise Unparseable("refusal")
     if _in_wrong_language(answer, question):
         raise Unparseable("wrong language")
@@ -130,13 +130,13 @@ def mentions_text(answer: str, context: str, question: str) -> bool:
     return False
 
 
-# Refusals open an answer, or speak as an AI. "抱歉" inside a story is none.
+# Refusals open an answer, or speak as an AI. "抱歉" inside a story is none, nor is what the context itself says.
 _SORRY = r"\A我?(?:很|非常|十分|深感|感到)*(?:抱歉|遗憾|对不起|不好意思)[，,。！!\s]*"
 _UNABLE = r"(?:无法|不能|没法|没办法|没有办法|不便|难以|不会)(?:直接|准确|继续|为[您你])*"
 _DO = "(?:回答|作答|答复|提供|协助|帮助|帮[您你]|满足|完成|讨论|给出|判断|处理|确定|参与)"
 _I_AM_UNABLE = r"(?:can(?:not| not|['’]t)|(?:am|['’]m) (?:not able|unable) to|won['’]t|will not)"
 _REFUSALS = [
-    rf"{_SORRY}[^。！？\n]{{0,15}}?(?:我|{_UNABLE}|没有(?:足够|相关|提供|找到)|暂时)",
+    rf"{_SORRY}[^。！？\n]{{0,15}}?(?:{_UNABLE}|没有(?:足够|相关|提供|找到)|不(?:清楚|知道|了解|确定))",
     rf"\A(?:我|[这该此]个?问题|[您你]的问题)[^。！？，,\n]{{0,6}}{_UNABLE}{_DO}",
     r"作为(?:[^，。；！？\n]{0,20}(?:AI|人工智能|语言模型|助手|助理|大模型|机器人)|一个模型)[，,]?\s*我",
     r"(?:没有|缺乏|缺少|未提供)[^。，！？\n]{0,8}信息(?:来|以|可以|能够)?(?:回答|作答|判断|确定)",
@@ -148,9 +148,10 @@ _REFUSALS = [
 ]
 
 
-def is_refusal(answer: str) -> bool:
+def is_refusal(answer: str, context: str) -> bool:
     """Whether an answer declines to answer."""
-    return any(_compiled(pattern).search(answer) for pattern in _REFUSALS)
+    found = (_compiled(pattern).search(answer) for pattern in _REFUSALS)
+    return any(refusal.group().strip() not in context for refusal in found if refusal)
 
 
 def _in_wrong_language(answer: str, question: str) -> bool:

@@ -194,7 +194,7 @@ def test_a_text_s_pointers_to_itself_are_not_forgiven_for_being_copied():
     ],
 )
 def test_refusals_are_noticed(answer: str):
-    assert is_refusal(answer)
+    assert is_refusal(answer, CONTEXT)
 
 
 @pytest.mark.parametrize(
@@ -208,6 +208,8 @@ def test_refusals_are_noticed(answer: str):
         "租客不能提供收据的，押金照退。",
         "无法判断真假时，可以请鉴定机构出具意见。",
         "逾期无法提供证明的，按放弃处理。",
+        "遗憾的是，当我们运行它时，程序并没有通过。",
+        "对不起，这四个字我等了十年。",
         "You can't park here after ten.",
         "Say sorry, but keep to the rule.",
         "As an AI engineer, she tests models.",
@@ -215,7 +217,12 @@ def test_refusals_are_noticed(answer: str):
     ],
 )
 def test_ordinary_words_are_no_refusal(answer: str):
-    assert not is_refusal(answer)
+    assert not is_refusal(answer, CONTEXT)
+
+
+def test_what_someone_in_the_context_says_is_no_refusal():
+    said = "对不起，我无法答应你。"
+    assert is_refusal(said, CONTEXT) and not is_refusal(said, f"他只说：“{said}”说完就走了。")
 
 
 @given(st.text(max_size=200), st.sampled_from(["根据文本，", "文中提到，", "The text says "]))
