@@ -36,7 +36,9 @@ class Results:
         self.short_roots = self.folder / "short_roots.jsonl"
         self.refills = self.folder / "refills.json"  # the roots that step 2 sends back to step 1, round by round
         self.scorer = self.folder / "scorer"
+        self.scorer_checkpoints = self.folder / "scorer_checkpoints"
         self.scores = self.folder / "scores.jsonl"
+        self.scores_parts = self.folder / "scores_parts"  # scores as they come, a folder a scorer
         self.filtered_queries = self.folder / "filtered_queries.json"
         self.example_search = self.folder / "example_search.json"
         self.sft_data = self.folder / "sft_data"
@@ -187,6 +189,21 @@ class Results:
         """Writes ``scorer_pairs``."""
         names = [field.name for field in dataclasses.fields(ScorerPair)]
         self.write_dataset(self.scorer_pairs, {name: [getattr(pair, name) for pair in pairs] for name in names})
+
+    def read_pairs(self) -> list[ScorerPair]:
+        """The pairs of ``scorer_pairs``; none where there is no such dataset."""
+        if not self.scorer_pairs.exists():
+            return []
+        names = [field.name for field in dataclasses.fields(ScorerPair)]
+        try:
+            dataset = datasets.load_from_disk(self.scorer_pairs)
+            if missing := set(names) - set(dataset.column_names):
+                raise ValueError(f"no column {', '.join(sorted(missing))}")
+            return [ScorerPair(**row) for row in dataset.select_columns(names).to_list()]
+        except Exception as error:  # the library raises many kinds
+            raise UserError(
+                f"{self.scorer_pairs} cannot be read ({one_line(error)}); remove it and run step1_gen_q.py again"
+            ) from error
 
     def write_dataset(self, path: Path, columns: dict[str, list[str] | list[int]]) -> None:
         """Writes a dataset in place of the one that is there; no rows, no dataset, for it could not be loaded."""
