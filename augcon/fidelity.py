@@ -9,7 +9,7 @@ import transformers
 from peft import PeftModel
 
 from augcon.adapters import TrainedWith
-from augcon.training import quantization
+from augcon.training import quantization, with_gradients
 
 TOKENS = 128  # of each text
 
@@ -26,7 +26,7 @@ def divergence(merged: Path, base: Path, adapter: Path, trained: TrainedWith, te
     loaded = transformers.AutoModelForCausalLM.from_pretrained(
         base, dtype=getattr(torch, trained.dtype), quantization_config=quantization(trained.quantize), **where
     )
-    wanted = list(_log_probabilities(PeftModel.from_pretrained(loaded, adapter), inputs))
+    wanted = list(_log_probabilities(PeftModel.from_pretrained(with_gradients(loaded), adapter), inputs))
     del loaded
     gc.collect()
     torch.cuda.empty_cache()

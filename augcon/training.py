@@ -125,7 +125,7 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
     ``kind`` is one of Transformers' auto classes. Raises UserError when the model cannot be loaded.
     """
     try:
-        return kind.from_pretrained(
+        loaded = kind.from_pretrained(
             model,
             dtype=torch.bfloat16 if can_bf16() else torch.float32,
             quantization_config=quantization(quantize),
@@ -136,6 +136,19 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
         raise UserError(f"model {model!r} does not fit in the GPU's memory; use a smaller one") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {one_line(error)}") from error
+    return with_gradients(loaded)
+
+
+def with_gradients(model: Any) -> Any:
+    """The same model, kept from bitsandbytes' CPU kernel for inference.
+
+    The first pass without gradients would change its 4-bit weights for that kernel, for good, and the kernel gives
+    no gradients: what was trained before an evaluation would be trained wrongly after it.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
