@@ -51,7 +51,7 @@ fi
 install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 started=$SECONDS
-echo "installing ${files[*]} into $environment (minutes)"
+echo "installing ${files[*]} into $environment (2 GB, more with GPUs; a minute or more)"
 if [ "${files[0]}" = requirements.txt ]; then
     install -r requirements.txt
     if [ ${#files[@]} = 2 ]; then # the real vLLM is there already

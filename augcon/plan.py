@@ -1,7 +1,9 @@
-"""What augcon.sh asks before it acts: who serves, and which step comes next.
+"""What augcon.sh asks before it acts. The flags are those of every script.
 
-python -m augcon.plan way [FLAGS…]     "SERVER SCORER GPUS RESULTS"
-python -m augcon.plan next [FLAGS…]    the next step: 1, 2, 3 or done
+    python -m augcon.plan way [FLAGS…]
+
+says who serves, what the scorer is made of, how many GPUs there are, and the results folder; ``next`` in place
+of ``way`` the next step to run: 1, 2, 3 or done; and ``port`` a free port.
 """
 
 import sys
@@ -17,16 +19,20 @@ from config import Settings, load_settings
 
 @stage
 def main() -> None:
-    answer = {"way": way, "next": check_and_plan, "port": lambda _: free_port()}[sys.argv.pop(1)]
-    print(answer(load_settings(__doc__)))
+    question = sys.argv.pop(1)
+    if question == "port":
+        print(free_port())
+    elif question == "way":
+        print(way(load_settings(__doc__), len(visible_gpus())))
+    else:
+        print(check_and_plan(load_settings(__doc__)))
 
 
-def way(settings: Settings) -> str:
+def way(settings: Settings, gpus: int) -> str:
     """The server that the settings mean, the scorer's base, the number of GPUs, and the results folder.
 
     The server is given, vllm or demo; the scorer tiny where the model cannot be trained, else the settings'.
     """
-    gpus = len(visible_gpus())
     if "api_base" in settings.model_fields_set:
         server = "given"
     else:

@@ -1,4 +1,9 @@
-"""The results folder: names and shapes of its files, atomic writes, and the record of what made them."""
+"""The results folder: names and shapes of its files, atomic writes, and the record of what made them.
+
+What reads and writes datasets is imported where it is needed: who only asks for a name is spared two seconds.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
@@ -9,14 +14,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import datasets
-
-from augcon.corpus import RootContext
-from augcon.cst import Node
 from augcon.errors import UserError, one_line
-from augcon.pairs import ScorerPair
+
+if TYPE_CHECKING:
+    from augcon.corpus import RootContext
+    from augcon.cst import Node
+    from augcon.pairs import ScorerPair
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
@@ -50,6 +55,9 @@ class Results:
         self.loss_plot = self.folder / "loss.png"
         self.sft_model = self.folder / "sft_model"
         self.outputs = self.folder / "outputs"
+        self.judged = self.folder / "judge.jsonl"  # a line a question: the judge's grades of each model's answer
+        self.judge = self.folder / "judge.json"  # their means
+        self.judge_plot = self.folder / "judge.png"
         self.server_log = self.folder / "server.log"
 
     @contextlib.contextmanager
@@ -124,6 +132,8 @@ class Results:
 
     def read_contexts(self) -> list[RootContext]:
         """The root contexts, as step 1 wrote them."""
+        from augcon.corpus import RootContext
+
         return [RootContext(**row) for row in self.read_lines(self.contexts, "step1_gen_q.py")]
 
     def read_queries(self, path: Path) -> dict[int, list[tuple[str, str]]]:
@@ -187,11 +197,17 @@ class Results:
 
     def write_pairs(self, pairs: list[ScorerPair]) -> None:
         """Writes ``scorer_pairs``."""
+        from augcon.pairs import ScorerPair
+
         names = [field.name for field in dataclasses.fields(ScorerPair)]
         self.write_dataset(self.scorer_pairs, {name: [getattr(pair, name) for pair in pairs] for name in names})
 
     def read_pairs(self) -> list[ScorerPair]:
         """The pairs of ``scorer_pairs``; none where there is no such dataset."""
+        import datasets
+
+        from augcon.pairs import ScorerPair
+
         if not self.scorer_pairs.exists():
             return []
         names = [field.name for field in dataclasses.fields(ScorerPair)]
@@ -210,6 +226,8 @@ class Results:
         if not any(columns.values()):
             shutil.rmtree(path, ignore_errors=True)
             return
+        import datasets
+
         unfinished = path.with_name(path.name + ".unfinished")
         datasets.disable_progress_bars()
         try:

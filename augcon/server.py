@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -15,12 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from huggingface_hub import hf_hub_download
+
 from augcon.errors import UserError, one_line
 from augcon.processes import start
 
 _HOME = Path(__file__).parent.parent
 _MODULE = (sys.executable, "-P", "-m")  # -P: the working directory is the user's, and no place for modules
-_FAULT = re.compile(r"\b(\w*(?:Error|Exception): .+)")
+_FAULT = re.compile(r"\b(\w*(?:[Ee]rror|Exception): .+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,9 @@ def parallel(gpus: int, heads: int, kv_heads: int, wanted: int = 0) -> Parallel:
 
 def attention_heads(model: str) -> tuple[int, int]:
     """A model's attention heads, and those of its keys and values. Raises UserError when they cannot be had."""
-    from transformers import PretrainedConfig  # seconds, and only where there is more than one GPU
-
     try:
-        config, _ = PretrainedConfig.get_config_dict(model)
+        file = Path(model, "config.json") if Path(model).is_dir() else Path(hf_hub_download(model, "config.json"))
+        config = json.loads(file.read_text(encoding="utf-8"))
         config = config.get("text_config", config)
         heads = config.get("num_attention_heads") or config["n_head"]
         return heads, config.get("num_key_value_heads") or heads
@@ -159,12 +161,8 @@ class Server:
         said = self.said()
         for line in said[-8:]:
             print(f"  | {line[:200]}", file=sys.stderr)
-        faults = [found[1] for line in said if (found := _FAULT.search(line))]
-        raise UserError(
-            f"the server has ended (status {status})"
-            + f": {faults[0][:300]}" * bool(faults)
-            + f"; its log is {self.log}"
-        )
+        fault = next((f": {found[1][:300]}" for line in said if (found := _FAULT.search(line))), "")
+        raise UserError(f"the server has ended (status {status}){fault}; its log is {self.log}")
 
     def said(self) -> list[str]:
         """The lines that this server has logged."""

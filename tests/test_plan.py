@@ -1,0 +1,86 @@
+"""Which step augcon.sh runs next, and who serves."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from augcon.errors import UserError
+from augcon.plan import check_and_plan, next_step, way
+from config import Settings, load_settings
+
+ALL = {1: True, 2: True, 3: True}
+
+
+@pytest.mark.parametrize(
+    ("finished", "there", "step"),
+    [
+        ([], {}, "1"),
+        ([{"refills": 0}], {1: True}, "2"),
+        ([{"refills": 0}], {}, "1"),  # finished once, and then removed by hand
+        ([{"refills": 0}, {"refills": 0, "ordered": 0}], {1: True, 2: True}, "3"),
+        ([{"refills": 0}, {"refills": 0, "ordered": 0}], {1: True}, "2"),
+        ([{"refills": 0}, {"refills": 0, "ordered": 1}], {1: True, 2: True}, "1"),
+        ([{"refills": 1}, {"refills": 0, "ordered": 1}], {1: True, 2: True}, "2"),
+        ([{"refills": 1}, {"refills": 1, "ordered": 1}], {1: True, 2: True}, "3"),
+        ([{"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 0}], ALL, "3"),  # answers from before the refill
+        ([{"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 1}], ALL, "done"),
+        ([{"refills": 1}, {"refills": 1, "ordered": 2}, {"refills": 1}], ALL, "1"),  # --max-refills was raised
+        ([{"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}], {1: True, 2: True}, "3"),
+        ([{"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}], {2: True, 3: True}, "1"),
+    ],
+)
+def test_the_next_step(finished: list[dict[str, int]], there: dict[int, bool], step: str):
+    steps = {f"step {number}": facts for number, facts in enumerate(finished, 1)}
+    assert next_step(steps, {number: there.get(number, False) for number in ALL}) == step
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
+    """Settings from flags and environment variables."""
+    for name in [name for name in os.environ if name.startswith("AUGCON_")]:
+        monkeypatch.delenv(name)
+
+    def load(*flags: object, **environment: str) -> Settings:
+        monkeypatch.setattr(sys, "argv", ["augcon.sh", *map(str, flags)])
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            return load_settings("")
+
+    return load
+
+
+def test_who_serves_and_what_scores(settings: Callable[..., Settings]):
+    server = "http://127.0.0.1:1/v1"
+    assert way(settings(), 0) == "demo tiny 0 results"
+    assert way(settings(), 2) == "vllm own 2 results"
+    assert way(settings("--results", "a b/"), 0) == "demo tiny 0 a b"
+    assert way(settings("--demo"), 2) == "demo tiny 2 results"
+    assert way(settings("--demo", "--scorer-model", "m"), 2) == "demo own 2 results"
+    assert way(settings("--no-demo"), 0) == "vllm own 0 results"
+    assert way(settings("--api-base", server), 0) == "given tiny 0 results"
+    assert way(settings("--api-base", server), 2) == "given own 2 results"
+    assert way(settings(AUGCON_API_BASE=server, AUGCON_SCORER_MODEL="m"), 0) == "given own 0 results"
+
+
+def test_results_of_other_settings_are_refused(tmp_path: Path, settings: Callable[..., Settings]):
+    results = ["--results", tmp_path]
+    record = {"min_length": 20, "content of the corpus": "other", "model served": "augcon-demo-not-an-llm"}
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="content of the corpus has changed"):
+        check_and_plan(settings("--demo", *results))
+    with pytest.raises(UserError, match="min_length was 20 and is now 21"):
+        check_and_plan(settings("--demo", *results, "--min-length", 21))
+    del record["content of the corpus"]
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert check_and_plan(settings("--demo", *results)) == "1"
+    assert check_and_plan(settings("--api-base", "http://127.0.0.1:1/v1", *results)) == "1"
+    with pytest.raises(UserError, match=r"augcon-demo-not-an-llm.*--results"):  # else rules would pass for an LLM's
+        check_and_plan(settings(*results))
+    (tmp_path / "settings.json").write_text(json.dumps({**record, "model served": "real"}))
+    with pytest.raises(UserError, match=r"'real'.*--results"):
+        check_and_plan(settings("--demo", *results))
