@@ -188,6 +188,18 @@ class Settings(BaseSettings):
     output: str = operational("", "folder for the merged model; empty: sft_model in the results folder")
     check: bool = operational(False, "compare the merged model's next words with those of base and adapter")
 
+    # Inference and its judge
+    questions: str = operational(
+        "",
+        "questions for the tuned model: a file or dataset as for the corpus, or .txt with one a line; "
+        "empty: the test split of the corpus",
+    )
+    question_field: str = operational("question", "the field that holds the question", min_length=1)
+    outputs: str = operational("", "folder for the answers; empty: outputs in the results folder")
+    judge: str = operational(
+        "", "answer nothing, but let the server's model grade the answers in these folders, separated by commas"
+    )
+
     # Any random choice
     seed: int = outcome(1, 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
 

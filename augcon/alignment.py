@@ -20,7 +20,7 @@ from augcon.replies import Unparseable
 from augcon.text import Language, clean, language
 
 Example = tuple[str, str, str]  # context, question, answer written by a person
-_FRESH = 0.7  # temperature of a second try at a grade: at 0 it would be the first again
+_WARMER = 0.7  # temperature
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,17 +172,23 @@ async def try_example(
         return Graded(number, answer, None, str(error))
 
 
+def asking_warmer(ask: Ask) -> Ask:
+    """``ask``, but with some temperature when it is asked again: at 0 the same reply would come."""
+
+    async def ask_warmer(request: Request) -> Reply:
+        return await ask(dataclasses.replace(request, temperature=_WARMER) if request.sample else request)
+
+    return ask_warmer
+
+
 async def _grade(
     ask: Ask, prompts: Prompts, context: str, question: str, reference: str, answer: str, rules: AnswerRules
 ) -> int:
-    async def ask_anew(request: Request) -> Reply:
-        return await ask(dataclasses.replace(request, temperature=_FRESH) if request.sample else request)
-
     messages = prompts.grade_messages(context, question, reference, answer)
     pattern = prompts.grade_pattern() if rules.structured_output else None
     request = Request(messages, 0, rules.max_tokens, text_end=prompts.end_of_reply(), pattern=pattern)
     labels = (prompts.labels.grade, *GRADE_LABELS)
-    return await parsed_reply(ask_anew, request, rules.tries, lambda reply: parse_grade(reply, labels))
+    return await parsed_reply(asking_warmer(ask), request, rules.tries, lambda reply: parse_grade(reply, labels))
 
 
 # The answers

@@ -49,9 +49,10 @@ JSON_LINES = {".jsonl", ".ndjson"}
 BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
-def read_corpus(source: str, field: str) -> Iterator[Any]:
+def read_corpus(source: str, field: str, split: str = "train", flag: str = "--text-field") -> Iterator[Any]:
     """The values of ``field``, a row at a time, from anything that ``datasets`` opens.
 
+    ``split`` is read where there are several; ``flag`` names the setting of the field in messages.
     ``source`` is a dataset saved to disk, a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder of
     ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be had comes as Unreadable.
 
@@ -73,8 +74,8 @@ def read_corpus(source: str, field: str) -> Iterator[Any]:
     if path.is_file() and suffix in TEXT:
         return iter([_read_file(path)])
     if path.is_file() and suffix in JSON_LINES:
-        return _read_json_lines(path, field)
-    return _column(_open_dataset(source, path, suffix), source, field)
+        return _read_json_lines(path, field, flag)
+    return _column(_open_dataset(source, path, suffix, split), source, field, flag)
 
 
 def _read_file(path: Path) -> str | Unreadable:
@@ -86,7 +87,7 @@ def _read_file(path: Path) -> str | Unreadable:
         return Unreadable(f"cannot be read: {path.name}")
 
 
-def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
+def _read_json_lines(path: Path, field: str, flag: str) -> Iterator[Any]:
     """Line by line rather than through ``datasets``, which gives up a whole file for one bad line."""
     seen: Counter[str] = Counter()
     try:
@@ -108,10 +109,10 @@ def _read_json_lines(path: Path, field: str) -> Iterator[Any]:
             else:
                 yield Unreadable("line without fields")
     if not seen[field]:
-        raise UserError(_no_field(str(path), field, list(seen)))
+        raise UserError(_no_field(str(path), field, list(seen), flag))
 
 
-def _open_dataset(source: str, path: Path, suffix: str) -> datasets.Dataset:
+def _open_dataset(source: str, path: Path, suffix: str, split: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
     try:
@@ -139,22 +140,22 @@ def _open_dataset(source: str, path: Path, suffix: str) -> datasets.Dataset:
         raise UserError(f"corpus {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):
         return opened
-    if "train" in opened:
-        return opened["train"]
+    if split in opened:
+        return opened[split]
     if len(opened) == 1:
         return next(iter(opened.values()))
-    raise UserError(f"corpus {source!r} has no split 'train'; its splits are: {', '.join(opened)}")
+    raise UserError(f"corpus {source!r} has no split {split!r}; its splits are: {', '.join(opened)}")
 
 
-def _column(dataset: datasets.Dataset, source: str, field: str) -> Iterator[Any]:
+def _column(dataset: datasets.Dataset, source: str, field: str, flag: str) -> Iterator[Any]:
     if field not in dataset.column_names:
-        raise UserError(_no_field(source, field, dataset.column_names))
+        raise UserError(_no_field(source, field, dataset.column_names, flag))
     return iter(dataset[field])
 
 
-def _no_field(source: str, field: str, fields: list[str]) -> str:
+def _no_field(source: str, field: str, fields: list[str], flag: str) -> str:
     offered = ", ".join(repr(name) for name in fields[:20]) or "none"
-    return f"corpus {source!r} has no field {field!r}; its fields are: {offered}; name one with --text-field"
+    return f"corpus {source!r} has no field {field!r}; its fields are: {offered}; name one with {flag}"
 
 
 # Splitting

@@ -76,7 +76,9 @@ class LLM:
     def __init__(self, server: Server, store: Store) -> None:
         self.server = server
         self.model = ""
+        self.weights = ""  # tells models that are served under the same name apart, where that matters
         self.served: list[str] = []
+        self.folders: dict[str, str] = {}  # where vLLM has each from, by name
         self.counts: Counter[str] = Counter()
         self.in_flight = 0
         self._store = store
@@ -114,7 +116,9 @@ class LLM:
             async for attempt in starting:
                 with attempt:
                     async with asyncio.timeout(min(60, self.server.request_timeout)):
-                        self.served = [entry.id async for entry in self._client.models.list()]
+                        listed = [entry async for entry in self._client.models.list()]
+            self.served = [entry.id for entry in listed]
+            self.folders = {entry.id: str(getattr(entry, "root", None) or "") for entry in listed}
         except faults.NO_ANSWER as error:
             raise UserError(
                 f"no server answers at {self.server.api_base} ({faults.words(error)}); "
@@ -138,7 +142,7 @@ class LLM:
         Raises Refused when this request cannot be answered, UserError when none can.
         """
         body = self._body(request)
-        key = _key_of(body)
+        key = _key_of({**body, "weights": self.weights} if self.weights else body)
         while shared := self._pending.get(key):  # the same text elsewhere in the corpus: one call serves both
             await asyncio.wait([shared])
             if not shared.cancelled():  # else its asker has gone, and who comes first asks

@@ -18,13 +18,18 @@ from config import Settings
 def root_contexts(settings: Settings) -> tuple[list[RootContext], str]:
     """The corpus cut into root contexts, and in words what was left out. Raises UserError when there is no text."""
     skipped: Counter[str] = Counter()
-    bundled = Path(config.__file__).with_name("DailyM")  # found from any working directory
-    rows = read_corpus(str(bundled) if settings.corpus == bundled.name else settings.corpus, settings.text_field)
+    rows = read_corpus(corpus_source(settings), settings.text_field)
     roots = list(split_corpus(rows, settings.max_length, settings.quota_unit, skipped))
     left_out = f", {skipped.total()} skipped ({say(skipped)})" if skipped else ""
     if not roots:
         raise UserError(f"corpus {settings.corpus!r} has no article with text{left_out}")
     return roots, left_out
+
+
+def corpus_source(settings: Settings) -> str:
+    """Where the corpus is; the bundled one is found from any working directory."""
+    bundled = Path(config.__file__).with_name("DailyM")
+    return str(bundled) if settings.corpus == bundled.name else settings.corpus
 
 
 def qa_examples(settings: Settings) -> list[Example]:

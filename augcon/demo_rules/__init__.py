@@ -40,7 +40,8 @@ def reply_to(prompt: list[Message] | str, seed: int | None) -> Reply:
     for part in (task.kind, task.fixed, task.last):
         digest.update(part.encode("utf-8", "surrogatepass") + b"\0")
     identity = digest.hexdigest()
-    rules = {"tree": _tree, "weak tree": _tree, "answer": _answer, "grade": _grade, "other": _other}
+    rules = {"tree": _tree, "weak tree": _tree, "answer": _answer, "grade": _grade, "judge": _judge}
+    rules |= {"compare": _compare, "other": _other}
     written = rules[task.kind](task, random.Random(identity))
     return Reply(written, _piece_length(task.fixed) + _length(task.last), identity)
 
@@ -211,6 +212,36 @@ def _grade(task: Task, random_: random.Random) -> str:
     shared = LCSseq.similarity(ours, theirs)
     overlap = 2 * shared / max(1, len(ours) + len(theirs))
     return line(labels.grade, str(1 + round(9 * min(1.0, overlap))))
+
+
+# Judging outputs
+
+
+def _judge(task: Task, random_: random.Random) -> str:
+    """Three grades of an answer: for the question's words in it, for its figures, and their mean."""
+    question, _, answer = task.last.partition(f"\n\n{task.prompts.line(task.prompts.labels.answer, '')}")
+    grades = _worth(question, answer, task)
+    lines = zip(task.prompts.judge.scores, (*grades, round(sum(grades) / 2)), strict=True)
+    return "\n".join(task.prompts.line(score, str(grade)) for score, grade in lines)
+
+
+def _compare(task: Task, random_: random.Random) -> str:
+    """The answer with the better grades."""
+    judge, line = task.prompts.judge, task.prompts.line
+    question, _, answers = task.last.partition(f"\n\n{line(judge.answers[0], '')}")
+    first, _, second = answers.partition(f"\n\n{line(judge.answers[1], '')}")
+    ours, theirs = (sum(_worth(question, answer, task)) for answer in (first, second))
+    return line(judge.verdict, judge.verdicts[2 if ours == theirs else ours < theirs])
+
+
+def _worth(question: str, answer: str, task: Task) -> tuple[int, int]:
+    """Relevance and accuracy from 1 to 5, as far as words can tell: those of the question, and how many."""
+    language = task.prompts.language
+    asked = content_words(question.removeprefix(task.prompts.line(task.prompts.labels.question, "")), language)
+    said = content_words(answer[:20_000], language)
+    if not said:
+        return 1, 1
+    return 1 + round(4 * len(asked & said) / max(1, len(asked))), min(5, 1 + len(said) // 5)
 
 
 _OTHER = {

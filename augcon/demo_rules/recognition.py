@@ -20,7 +20,7 @@ class Task:
     replies shown in it.
     """
 
-    kind: Literal["tree", "weak tree", "answer", "grade", "other"]
+    kind: Literal["tree", "weak tree", "answer", "grade", "judge", "compare", "other"]
     prompts: Prompts
     fixed: str
     examples: tuple[str, ...]
@@ -49,6 +49,8 @@ def _instruction(prompt: str) -> tuple[str, Prompts, str]:
             "weak tree": prompts.weak_instruction,
             "answer": prompts.answer_instruction,
             "grade": prompts.grade_instruction,
+            "judge": prompts.judge.instruction,
+            "compare": prompts.judge.compare_instruction,
         }
         for kind, instruction in instructions.items():
             if prompt.startswith(instruction):

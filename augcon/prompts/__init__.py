@@ -10,6 +10,7 @@ import functools
 import hashlib
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 from augcon.errors import UserError
@@ -40,6 +41,18 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Judge:
+    """The prompts of the judge, and the words of its replies."""
+
+    instruction: str
+    scores: tuple[str, str, str]
+    compare_instruction: str
+    answers: tuple[str, str]
+    verdict: str
+    verdicts: tuple[str, str, str]  # the first is better, the second, neither
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompts:
     """The prompts of one language."""
 
@@ -51,6 +64,7 @@ class Prompts:
     examples: tuple[Example, ...]
     answer_instruction: str
     grade_instruction: str
+    judge: Judge
 
     def line(self, label: str, content: str) -> str:
         """A labelled part of a prompt or reply."""
@@ -78,12 +92,26 @@ class Prompts:
 
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
-        parts = [self._ask(context, question)]
-        parts += [
-            self.line(self.labels.reference, disarm(reference)),
-            self.line(self.labels.answer, disarm(answer)),
-        ]
-        return _turns(self.grade_instruction, ["\n\n".join(parts)])
+        answers = self._lines([(self.labels.reference, reference), (self.labels.answer, answer)])
+        return _turns(self.grade_instruction, [f"{self._ask(context, question)}\n\n{answers}"])
+
+    def judge_messages(self, question: str, answer: str) -> list[Message]:
+        """Asks the judge for its three grades of an answer."""
+        parts = (self.labels.question, question), (self.labels.answer, answer)
+        return _turns(self.judge.instruction, [self._lines(parts)])
+
+    def compare_messages(self, question: str, first: str, second: str) -> list[Message]:
+        """Asks the judge which of two answers is better."""
+        parts = (self.labels.question, question), *zip(self.judge.answers, (first, second), strict=True)
+        return _turns(self.judge.compare_instruction, [self._lines(parts)])
+
+    def judge_pattern(self) -> str:
+        """A regular expression of well-formed replies to ``judge_messages``."""
+        return r"\n".join(self.line(_literal(score), "[1-5]") for score in self.judge.scores)
+
+    def compare_pattern(self) -> str:
+        """The same for ``compare_messages``."""
+        return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
 
     def cst_pattern(self, max_length: int) -> str:
         """A regular expression of well-formed replies, for servers that can be held to one.
@@ -124,6 +152,9 @@ class Prompts:
 
     def _context(self, context: str) -> str:
         return f"{self.labels.context}{self.colon.strip()}\n{disarm(context)}"
+
+    def _lines(self, parts: Iterable[tuple[str, str]]) -> str:
+        return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
 
     def _ask(self, context: str, question: str) -> str:
         return f"{self._context(context)}\n\n{self.line(self.labels.question, disarm(question))}"
@@ -187,15 +218,23 @@ def load_prompts(language: Language) -> Prompts:
         prompts = Prompts(
             language=language,
             colon="：" if language == "zh" else ": ",
-            labels=Labels(**{**data["labels"], "halves": _pair(data["labels"]["halves"])}),
+            labels=Labels(**{**data["labels"], "halves": _texts(data["labels"], "halves", 2)}),
             cst_instruction=cst["instruction"].strip(),
             weak_instruction=cst["weak_instruction"].strip(),
             examples=tuple(
-                Example(example["context"].strip(), example["question"].strip(), _pair(example["halves"]))
+                Example(example["context"].strip(), example["question"].strip(), _texts(example, "halves", 2))
                 for example in cst["examples"]
             ),
             answer_instruction=data["answer"]["instruction"].strip(),
             grade_instruction=data["grade"]["instruction"].strip(),
+            judge=Judge(
+                instruction=data["judge"]["instruction"].strip(),
+                scores=_texts(data["judge"], "scores", 3),
+                compare_instruction=data["judge"]["compare_instruction"].strip(),
+                answers=_texts(data["judge"], "answers", 2),
+                verdict=data["judge"]["verdict"],
+                verdicts=_texts(data["judge"], "verdicts", 3),
+            ),
         )
     except KeyError as error:
         raise UserError(f"{path}: the key {error} is missing; restore it") from error
@@ -218,8 +257,8 @@ def _check_texts(value: object, key: str) -> None:
         raise ValueError(f"{key} must be a text, not {value!r}")
 
 
-def _pair(texts: list[str]) -> tuple[str, str]:
-    if not isinstance(texts, list) or len(texts) != 2:
-        raise ValueError(f"halves must be a list of two texts, not {texts!r}")
-    first, second = texts
-    return first.strip(), second.strip()
+def _texts(section: dict[str, list[str]], key: str, number: int) -> tuple[str, ...]:
+    texts = section[key]
+    if not isinstance(texts, list) or len(texts) != number:
+        raise ValueError(f"{key} must be a list of {number} texts, not {texts!r}")
+    return tuple(text.strip() for text in texts)

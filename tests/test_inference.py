@@ -1,0 +1,215 @@
+"""Inference and its judge through the front door: the script as a process, its files, its last words."""
+
+import asyncio
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import ROOT, Engine, clean_environment, run, says_one_line, start
+from scripted_server import ScriptedServer, answers, refuses, says
+
+QUESTIONS = [f"第{n}个问题是什么？" for n in range(40)]
+
+
+def question_of(body: dict[str, Any]) -> str:
+    return body["messages"][-1]["content"]
+
+
+def play(
+    script: Any,
+    *flags: object,
+    models: Any = ("tuned",),
+    act: Callable[[ScriptedServer, list[str]], Awaitable[Any]] | None = None,
+) -> tuple["subprocess.CompletedProcess[str]", list[dict[str, Any]]]:
+    """The script against a scripted server: how it ended, and the requests."""
+
+    async def run_it() -> tuple["subprocess.CompletedProcess[str]", list[dict[str, Any]]]:
+        async with ScriptedServer(script, models) as server:
+            command = ["inference.py", "--api-base", server.url, *flags]
+            if act:
+                await act(server, command)
+            return await asyncio.to_thread(run, *command, timeout=60), server.bodies
+
+    return asyncio.run(run_it())
+
+
+def asked_in(folder: Path, questions: list[Any] = QUESTIONS) -> Path:
+    path = folder / "questions.jsonl"
+    path.write_text("".join(json.dumps({"question": question}) + "\n" for question in questions))
+    return path
+
+
+def saved(path: Path) -> list[tuple[str, str]]:
+    rows = datasets.load_from_disk(path)
+    assert rows.column_names == ["question", "answer"]
+    return list(zip(rows["question"][:], rows["answer"][:], strict=True))
+
+
+def test_answers_are_in_the_order_of_the_questions_whatever_the_delays(tmp_path: Path):
+    delays = random.Random(5)
+    done, bodies = play(
+        lambda body, before: says(f"答：{question_of(body)}", after=delays.uniform(0, 0.3)),
+        *("--questions", asked_in(tmp_path), "--results", tmp_path / "r", "--max-in-flight", 16),
+    )
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "r" / "outputs") == [(question, f"答：{question}") for question in QUESTIONS]
+    assert "serves 'tuned'" in done.stdout and "answers: 40\n" in done.stdout
+    for body in bodies:
+        assert body["messages"] == [{"role": "user", "content": question_of(body)}] and "stop" not in body
+        assert (body["model"], body["temperature"], body["max_tokens"]) == ("tuned", 0.2, 4096)
+
+
+def test_what_is_wrong_with_an_answer_is_counted_and_its_row_stays(tmp_path: Path):
+    fates = {
+        "好的？": says("好。\n\n---\n\n### 再说\n- 一"),
+        "空的？": says(" "),
+        "太长？": says("第一，", "length"),
+        "不收？": refuses(400, "bad input"),
+        "想过？": says("<think>嗯</think>\n想好了。"),
+        "最后？": says("好。"),
+    }
+    asked = [*fates, "好的？", 7, "", None]
+    done, _ = play(
+        lambda body, before: fates[question_of(body)],
+        *("--questions", asked_in(tmp_path, asked), "--results", tmp_path / "r"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert saved(tmp_path / "r" / "outputs") == [
+        ("好的？", "好。\n\n---\n\n### 再说\n- 一"),
+        ("空的？", ""),
+        ("太长？", "第一，"),
+        ("不收？", ""),
+        ("想过？", "想好了。"),
+        ("最后？", "好。"),
+        ("好的？", "好。\n\n---\n\n### 再说\n- 一"),
+    ]
+    assert "asked:   7 questions, 3 skipped (not a text 2, empty 1)" in done.stdout
+    for flaw in ("empty 1", "cut off 1", "refused (refused with status 400) 1"):
+        assert flaw in done.stdout
+
+
+def test_killed_and_run_again_it_asks_only_what_was_in_flight(tmp_path: Path):
+    flags = ["--questions", asked_in(tmp_path), "--results", tmp_path / "r", "--max-in-flight", 4]
+
+    async def kill_midway(server: ScriptedServer, command: list[str]) -> None:
+        process = start(*command)
+        while len(server.bodies) < 20:
+            assert process.poll() is None
+            await asyncio.sleep(0.01)
+        process.kill()
+        await asyncio.to_thread(process.communicate)
+
+    done, bodies = play(lambda body, before: says("好。", after=0.05), *flags, act=kill_midway)
+    assert done.returncode == 0, done.stderr
+    assert len(saved(tmp_path / "r" / "outputs")) == 40 and 40 <= len(bodies) <= 40 + 4
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_another_model_under_the_same_name_is_asked_anew(tmp_path: Path, here: bool):
+    """The server tells where its model lies; where that is not on this machine, results/sft_model counts."""
+    folder = tmp_path / "r" / "sft_model" if not here else tmp_path / "merged"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"first")
+    root = str(folder) if here else "/far/away"
+    models = answers(json.dumps({"data": [{"id": "tuned", "object": "model", "root": root}]}))
+    flags = ["--questions", asked_in(tmp_path, QUESTIONS[:3]), "--results", tmp_path / "r"]
+    for text, calls in [("甲", 3), *[("甲", 0)] * here, ("乙", 3)]:
+        if text == "乙":
+            (folder / "model.safetensors").write_bytes(b"again")
+        done, bodies = play(lambda body, before, text=text: says(text), *flags, models=models)
+        assert done.returncode == 0 and len(bodies) == calls, done.stderr
+        assert [answer for _, answer in saved(tmp_path / "r" / "outputs")] == [text] * 3
+
+
+def test_the_test_split_of_the_bundled_corpus_is_asked_from_any_folder(engine: Engine, tmp_path: Path):
+    command = [sys.executable, ROOT / "inference.py", "--api-base", engine.api, "--outputs", "mine/outputs"]
+    done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    asked = datasets.load_from_disk(ROOT / "DailyM")["test"]["question"][:]
+    assert [question for question, _ in saved(tmp_path / "mine" / "outputs")] == asked
+
+
+def test_questions_may_stand_one_a_line(tmp_path: Path):
+    path = tmp_path / "questions.txt"
+    path.write_text("\ufeff一是什么？\r\n\r\n二是什么？\n", encoding="utf-8")
+    done, _ = play(lambda body, before: says("好。"), "--questions", path, "--results", tmp_path / "r")
+    assert done.returncode == 0 and saved(tmp_path / "r" / "outputs") == [
+        ("一是什么？", "好。"),
+        ("二是什么？", "好。"),
+    ]
+
+
+def test_a_server_that_refuses_every_question_ends_in_one_line(tmp_path: Path):
+    done, _ = play(
+        lambda body, before: refuses(400, "maximum context length is 8"),
+        *("--questions", asked_in(tmp_path, QUESTIONS[:3]), "--results", tmp_path / "r"),
+    )
+    assert says_one_line(done, "refused every question", "too long", "--answer-max-tokens")
+    assert not (tmp_path / "r" / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (
+            ["--corpus", "qa_examples.jsonl", "--question-field", "q"],
+            ["no field 'q'", "--question-field", "--questions"],
+        ),
+        (["--questions", "no.txt"], ["--questions", "no.txt"]),
+        (["--judge", "tests"], ["--judge", "'tests'", "inference.py"]),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path, flags: list[str], parts: list[str]):
+    assert says_one_line(run("inference.py", "--api-base", engine.api, "--results", tmp_path / "r", *flags), *parts)
+
+
+def outputs_in(folder: Path, questions: list[str], answer: str) -> Path:
+    datasets.Dataset.from_dict({"question": questions, "answer": [answer] * len(questions)}).save_to_disk(folder)
+    return folder
+
+
+def test_outputs_of_two_models_are_graded_compared_and_drawn(engine: Engine, tmp_path: Path):
+    asked = ["蜂蜡布应该怎样清洗？", "蜂蜡布能用多久？", "How is beeswax wrap cleaned?"]
+    base = outputs_in(tmp_path / "base", asked, "")
+    tuned = outputs_in(
+        tmp_path / "tuned", asked, "蜂蜡布用冷水清洗，晾干，能用一年。Beeswax wrap is cleaned in cold water."
+    )
+    flags = ["--api-base", engine.api, "--results", tmp_path / "r", "--judge", f"{base}, {tuned}"]
+    done = run("inference.py", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == asked
+    assert {row["better"] for row in rows} == {str(tuned)}
+    summary = json.loads((tmp_path / "r" / "judge.json").read_text())
+    assert summary["better"] == {str(base): 0, str(tuned): 3, "neither": 0, "undecided": 0}
+    for name in (str(base), str(tuned)):
+        grades = [row["grades"][name]["satisfaction"] for row in rows]
+        assert summary[name]["satisfaction"]["mean"] == pytest.approx(sum(grades) / 3)
+        assert (summary[name]["graded"], summary[name]["ungraded"]) == (3, 0)
+    assert summary[str(base)]["satisfaction"]["high"] == 1 < summary[str(tuned)]["satisfaction"]["low"]
+    assert f"better:  {base} 0, {tuned} 3, neither 0, undecided 0" in done.stdout
+    assert (tmp_path / "r" / "judge.png").read_bytes().startswith(b"\x89PNG")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
+    again = run("inference.py", *flags)
+    assert "calls:   0 in this run" in again.stdout
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
+
+
+def test_outputs_for_other_questions_are_not_compared_and_an_unreadable_judge_is_told(tmp_path: Path):
+    first, second = (
+        outputs_in(tmp_path / "a", ["一？", "二？"], "甲"),
+        outputs_in(tmp_path / "b", ["二？", "一？"], "甲"),
+    )
+    flags = ["--results", tmp_path / "r", "--judge"]
+    done, bodies = play(lambda body, before: says("这个回答值 4 分"), *flags, f"{first},{second}")
+    assert says_one_line(done, "--judge", str(second), "in their order") and not bodies
+    done, bodies = play(lambda body, before: says("这个回答值 4 分"), *flags, first)
+    assert says_one_line(done, "no answer could be graded", "no three grades 2") and len(bodies) == 2 * 4
+    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
+    assert [row["grades"] for row in rows] == [{str(first): None}] * 2

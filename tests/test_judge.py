@@ -1,0 +1,196 @@
+"""What the judge's replies mean, and what becomes of its grades."""
+
+import asyncio
+import statistics
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from augcon.demo_rules import reply_to
+from augcon.judge import Grades, JudgeRules, compare_all, grade_all, mean_of, parse_grades, parse_verdict, plot, summary
+from augcon.llm import Refused, Reply, Request
+from augcon.prompts import load_prompts
+from augcon.replies import Unparseable
+
+ZH, EN = load_prompts("zh"), load_prompts("en")
+RULES = JudgeRules(tries=3)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "相关性：4\n准确性：5\n满意度：3",
+        "相关性: 4\n\n准确性: 5\n满意度: 3\n",
+        "**相关性：4**\n**准确性：5**\n**满意度：3**",
+        "相关性：４分\n准确性：５分\n满意度：３分",
+        "相关性：4/5，准确性：5/5，满意度：3/5",
+        "<think>相关性：1</think>相关性：4\n准确性：5\n满意度：3。",
+    ],
+)
+def test_three_grades_are_read(reply: str):
+    assert parse_grades(reply, ZH) == Grades(relevance=4, accuracy=5, satisfaction=3)
+
+
+def test_three_grades_are_read_in_english():
+    assert parse_grades("Relevance: 4\naccuracy: 5\nSatisfaction: 3/5", EN) == Grades(4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(
+            "",
+            "4",
+            "4\n5\n3",
+            "相关性：4\n准确性：5",
+            "相关性：4\n准确性：5\n满意度：6",
+            "相关性：4\n准确性：5\n满意度：0",
+        ),
+        *("准确性：5\n相关性：4\n满意度：3", "相关性：4\n准确性：5\n满意度：好", "相关性：N\n准确性：N\n满意度：N"),
+        *(
+            "相关性：4\n准确性：5\n满意度：3\n总分：12",
+            "<think>相关性：4\n准确性：5\n满意度：3",
+            "相关性：4.5\n准确性：5\n满意度：3",
+        ),
+        "相关性：4\n准确性：5\n满意度不是 3",
+    ],
+)
+def test_anything_else_is_no_grade(reply: str):
+    with pytest.raises(Unparseable):
+        parse_grades(reply, ZH)
+
+
+@pytest.mark.parametrize(
+    ("reply", "prompts", "verdict"),
+    [
+        ("结论：一更好", ZH, 0),
+        ("**结论：二更好。**", ZH, 1),
+        ("不相上下", ZH, 2),
+        ("Verdict: 1 is better.", EN, 0),
+        ("verdict: Equally good", EN, 2),
+        ("<think>1 is better</think>\nVerdict: 2 is better", EN, 1),
+    ],
+)
+def test_a_verdict_is_read(reply: str, prompts, verdict: int):
+    assert parse_verdict(reply, prompts) == verdict
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "一",
+        "结论：",
+        "结论：一不更好",
+        "结论：一更好还是二更好",
+        "不是一更好",
+        "结论：一更好\n结论：二更好",
+        "结论：三更好",
+    ],
+)
+def test_anything_else_is_no_verdict(reply: str):
+    with pytest.raises(Unparseable):
+        parse_verdict(reply, ZH)
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=200), st.integers(0, 99))
+def test_a_mean_lies_in_its_interval_which_repeats(values: list[int], seed: int):
+    mean = mean_of(values, seed)
+    assert mean["mean"] == pytest.approx(statistics.fmean(values))
+    assert min(values) <= mean["low"] <= mean["mean"] + 1e-9 and mean["mean"] - 1e-9 <= mean["high"] <= max(values)
+    assert mean == mean_of(values, seed)
+
+
+def test_the_interval_is_that_of_the_mean():
+    values = [1, 5] * 200  # standard error 2 / sqrt(400) = 0.1
+    mean = mean_of(values, 1)
+    assert mean["low"] == pytest.approx(3 - 1.96 * 0.1, abs=0.02)
+    assert mean["high"] == pytest.approx(3 + 1.96 * 0.1, abs=0.02)
+    assert mean_of([4] * 9, 1) == {"mean": 4, "low": 4, "high": 4}
+
+
+def test_the_ungraded_are_counted_and_in_no_mean():
+    means = summary([Grades(5, 4, 3), "no three grades", Grades(3, 4, 1)], 0)
+    assert (means["graded"], means["ungraded"]) == (2, 1)
+    assert [means[score]["mean"] for score in ("relevance", "accuracy", "satisfaction")] == [4, 4, 2]
+    assert summary(["refused"], 0) == {
+        **{"graded": 0, "ungraded": 1},
+        **dict.fromkeys(("satisfaction", "relevance", "accuracy")),
+    }
+
+
+def ask_with(judge) -> tuple[list[Request], object]:
+    """An ask function that replies with what ``judge`` says to the last turn, and the requests."""
+    requests: list[Request] = []
+
+    async def ask(request: Request) -> Reply:
+        requests.append(request)
+        await asyncio.sleep(0.001 * (len(requests) % 3))  # replies come in another order
+        return Reply(judge(request), True)
+
+    return requests, ask
+
+
+async def collect(source) -> list:
+    return [item async for item in source]
+
+
+def test_grades_come_in_order_and_what_cannot_be_read_is_asked_again_then_named():
+    def judge(request: Request) -> str:
+        if "坏" in request.messages[0]["content"]:
+            return "这个回答值 4 分"
+        if "拒" in request.messages[0]["content"]:
+            raise Refused("too long")
+        number = request.messages[0]["content"][-1]
+        return f"相关性：{number}\n准确性：{number}\n满意度：{number}"
+
+    requests, ask = ask_with(judge)
+    pairs = [("问什么？", "答1"), ("问什么？", "坏2"), ("问什么？", "拒3"), ("问什么？", "答4")]
+    graded = asyncio.run(collect(grade_all(ask, lambda _: ZH, pairs, RULES, 8)))
+    assert graded == [Grades(1, 1, 1), "no three grades", "too long", Grades(4, 4, 4)]
+    again = [request for request in requests if "坏" in request.messages[0]["content"]]
+    assert [request.sample for request in again] == [0, 1, 2]
+    assert [request.temperature > 0 for request in again] == [False, True, True]
+
+
+def test_a_judge_that_only_likes_the_first_place_finds_no_winner():
+    triples = [(f"第{n}个问题？", f"甲{n}", f"乙{n}") for n in range(200)]
+    requests, ask = ask_with(lambda request: "结论：一更好")
+    better = asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 42, 32)))
+    assert 70 < better.count(0) < 130 and better.count(0) + better.count(1) == 200
+    shown = {request.messages[0]["content"] for request in requests}
+    assert all(any(f"回答一：{'甲乙'[place]}{n}\n" in prompt for prompt in shown) for n, place in enumerate(better))
+    assert better == asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 42, 1)))
+    assert better != asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 43, 1)))
+
+
+def test_a_judge_that_prefers_an_answer_finds_it_wherever_it_stands():
+    def judge(request: Request) -> str:
+        first, _, second = request.messages[0]["content"].rpartition("回答一：")[2].partition("\n\n回答二：")
+        return "不相上下" if first == second else "一更好" if first == "好" else "二更好"
+
+    _, ask = ask_with(judge)
+    triples = [("问什么？", "好", "坏"), ("问什么？", "坏", "好"), ("问什么？", "坏", "坏")] * 20
+    assert asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 1, 8))) == [0, 1, 2] * 20
+
+
+def test_the_demonstration_engine_judges_in_the_form_asked_for():
+    for prompts, question, good, bad in (
+        (ZH, "蜂蜡布应该怎样清洗？", "蜂蜡布用冷水和中性洗涤剂清洗，挂起来晾干。", "不知道。"),
+        (EN, "How is beeswax wrap cleaned?", "Beeswax wrap is cleaned in cold water with mild soap.", "No."),
+    ):
+        grades = [
+            parse_grades(reply_to(prompts.judge_messages(question, answer), 0).text, prompts)
+            for answer in (good, bad, "")
+        ]
+        assert grades[0].satisfaction > grades[1].satisfaction >= grades[2].satisfaction == 1
+        for pair, verdict in (((good, bad), 0), ((bad, good), 1), ((good, good), 2)):
+            assert parse_verdict(reply_to(prompts.compare_messages(question, *pair), 0).text, prompts) == verdict
+
+
+def test_the_picture_is_drawn_for_one_and_for_many(tmp_path: Path):
+    for names in (["a"], [f"model {n}" for n in range(8)]):
+        plot(tmp_path / "judge.png", names, [{"mean": 3.5, "low": 3.0, "high": 3.9}] * len(names))
+        assert (tmp_path / "judge.png").read_bytes().startswith(b"\x89PNG")
