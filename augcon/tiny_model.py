@@ -11,32 +11,67 @@ from pathlib import Path
 
 from augcon.errors import UserError, one_line
 
-# The turns of ChatML, as Qwen has them.
-_CHAT_TEMPLATE = (
+# The special tokens of each family, with which of them begins a text, ends a turn and pads, and its chat template
+# in short. Llama and the first Mistrals have no token to pad with.
+_CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+_HEADERS = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+_LLAMA_3 = [
+    "<|begin_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+_OLDER = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": _INST}
+FAMILIES: dict[str, tuple[str, list[str], dict[str, str]]] = {
+    "qwen2": (
+        "Qwen2",
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML},
+    ),
+    "llama2": ("Llama", ["<unk>", "<s>", "</s>"], _OLDER),
+    "llama3": ("Llama", _LLAMA_3, {"bos_token": _LLAMA_3[0], "eos_token": _LLAMA_3[-1], "chat_template": _HEADERS}),
+    "mistral": ("Mistral", ["<unk>", "<s>", "</s>"], _OLDER),
+}
 
 
-def make_tiny_model(folder: Path, texts: Iterable[str], vocabulary: int = 2000, seed: int = 0) -> None:
-    """Writes a Qwen2 model with random weights, and a BPE tokenizer trained on ``texts``, to ``folder``."""
+def make_tiny_model(
+    folder: Path, texts: Iterable[str], vocabulary: int = 2000, seed: int = 0, family: str = "qwen2"
+) -> None:
+    """Writes a model with random weights, and a BPE tokenizer trained on ``texts``, to ``folder``.
+
+    ``family`` is one of FAMILIES; the tokens of control and the chat template are like those of that family.
+    """
     import torch
     import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    architecture, special, roles = FAMILIES[family]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=_CHAT_TEMPLATE
-    )
+    if first := roles.get("bos_token"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
+        )
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
     transformers.set_seed(seed)
-    config = transformers.Qwen2Config(
+    config = getattr(transformers, f"{architecture}Config")(
         vocab_size=len(wrapped),
         hidden_size=128,
         intermediate_size=256,
@@ -45,12 +80,12 @@ def make_tiny_model(folder: Path, texts: Iterable[str], vocabulary: int = 2000, 
         num_key_value_heads=2,
         max_position_embeddings=8192,
         tie_word_embeddings=False,
-        bos_token_id=None,
+        bos_token_id=wrapped.bos_token_id,
         eos_token_id=wrapped.eos_token_id,
         pad_token_id=wrapped.pad_token_id,
         dtype="bfloat16",
     )
-    model = transformers.Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.bfloat16)
     model.generation_config.eos_token_id = wrapped.eos_token_id
     model.save_pretrained(folder)
     wrapped.save_pretrained(folder)
