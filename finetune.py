@@ -78,18 +78,19 @@ def read_inputs(settings: Settings, results: Results) -> Inputs:
     made_of = {name: value for name, (step, value) in settings.made_with().items() if step == 4} | {
         "quantize": trained_with.quantize,
         "seed of the fine-tuning": settings.seed,
-        "processes of the fine-tuning": processes(),
         "content of sft_data": digest,
         "content of the base model": trained_with.fingerprint,
     }
-    results.settle(4, {name: (4, value) for name, value in made_of.items()}, since=4)
+    finished = results.lora.exists() and results.finished().get("step 4") == made_of
+    if not finished:
+        of_this_run = {**made_of, "processes of the fine-tuning": processes()}
+        results.settle(4, {name: (4, value) for name, value in of_this_run.items()}, since=4)
     origins = list(results.read_lines(results.sft_origins, "step3_gen_a.py")) if results.sft_origins.exists() else []
     if [row.get("question") for row in origins] != [question for question, _ in pairs]:
         origins = []  # of other pairs
     held_out, how = hold_out(len(pairs), settings.held_out, origins, settings.seed)
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
     print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({how}); {settings.model} {form}")
-    finished = results.lora.exists() and results.finished().get("step 4") == {"pairs": digest}
     return Inputs(pairs, held_out, base, trained_with, made_of, finished)
 
 
@@ -144,7 +145,7 @@ def save(results: Results, inputs: Inputs, model: tuning.PeftModel, tuned: tunin
         unfinished.replace(results.lora)
     except OSError as error:
         raise UserError(f"{results.lora} cannot be written: {one_line(error)}") from error
-    results.finish(4, pairs=inputs.made_of["content of sft_data"])
+    results.finish(4, **inputs.made_of)
     losses = [row["loss"] for row in tuned.log if "loss" in row]
     held_out = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
     print(f"packing: {tuned.packing}")

@@ -114,8 +114,9 @@ def hold_out(number: int, share: float, origins: Sequence[dict[str, Any]], seed:
     held: set[Any] = set()
     pairs = 0
     for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
-        if pairs + sizes[group] <= max(1, share * number) or not held:
+        if pairs + sizes[group] <= max(1, share * number):
             held.add(group)
             pairs += sizes[group]
+    held = held or {min(sizes, key=lambda group: (sizes[group], group))}
     words = f"{len(held):,} of {len(sizes):,} {unit}" if unit else "single pairs, for they come from few texts"
     return [place for place in order if group_of[place] in held], words

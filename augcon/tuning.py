@@ -69,6 +69,7 @@ def tune(
     ``made_of`` says what the training is of: checkpoints of another one are not taken up. Raises UserError
     when it does not fit in memory or its numbers run away.
     """
+    datasets.disable_progress_bars()
     apart = stays_apart(model)
     rows = as_dataset(examples).shuffle(seed=rules.seed)
     lengths = [len(example.input_ids) for example in examples]
@@ -175,10 +176,9 @@ def draw_losses(log: Sequence[dict[str, Any]], path: Path) -> None:
         axes.axvline(epoch * last / epochs, color="0.85", linewidth=1, zorder=0)
     axes.plot(*zip(*trained, strict=True), label="training") if trained else None
     axes.plot(*zip(*held_out, strict=True), "o-", label="held out") if held_out else None
-    axes.set(
-        xlabel=f"step (vertical lines: ends of the {epochs} epochs)", ylabel="loss, nats per token", ylim=(0, None)
-    )
-    axes.legend()
+    axes.set(xlabel=f"step (vertical lines: ends of the {epochs} epochs)", ylabel="loss, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.legend() if trained or held_out else None
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)

@@ -1,0 +1,284 @@
+"""finetune.py trains on the answer and its end only, in packs whose examples do not see each other."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import run, says_one_line
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from augcon import training, tuning
+from augcon.errors import UserError
+from augcon.masking import IGNORED, Encoder, Example, hold_out, load_encoder
+
+torch.set_num_threads(1)
+
+# Templates as the families have them, written anew: with a system turn of the template's own or from the messages,
+# with and without the marks that tell the assistant's words apart.
+CHATML = """{%- if messages[0].role != 'system' %}<|im_start|>system
+You help.<|im_end|>
+{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+CHATML_MARKED = """{% for message in messages %}{% if message.role == 'assistant' %}<|im_start|>assistant
+{% generation %}{{ message.content }}<|im_end|>{% endgeneration %}
+{% else %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA_3 = (
+    "{{ bos_token }}{% for message in messages %}<|start|>{{ message.role }}<|end|>\n\n"
+    "{{ message.content | trim }}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant<|end|>\n\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% elif message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant') }}{% endif %}{% endfor %}"
+)
+FAMILIES = {
+    "ChatML, a system turn of its own": (CHATML, "<|im_end|>"),
+    "ChatML, marked": (CHATML_MARKED, "<|im_end|>"),
+    "Llama 3": (LLAMA_3, "<|eot|>"),
+    "Mistral": (MISTRAL, "</s>"),
+}
+SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]
+QUESTION, ANSWER = "面包店几点开门？", "面包店早上七点开门。\n\nIt sells out by eight."
+TEXTS = [QUESTION + ANSWER, "The bakery opens at seven, 先到先得。"] * 30
+
+
+def make_tokenizer(template: str | None, end: str = "<|im_end|>") -> transformers.PreTrainedTokenizerBase:
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    words.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<s>", eos_token=end, pad_token="<pad>", chat_template=template
+    )
+
+
+def make_encoder(family: str, max_tokens: int = 1000) -> Encoder:
+    tokenizer = make_tokenizer(*FAMILIES[family])
+    return Encoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_tokens)
+
+
+def learnt(encoder: Encoder, example: Example) -> str:
+    """What carries loss, as text."""
+    kept = [label for label in example.labels if label != IGNORED]
+    assert len(example.labels) == len(example.input_ids) and example.labels[-len(kept) :] == kept
+    assert kept == example.input_ids[-len(kept) :]
+    return encoder.tokenizer.decode(kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exactly_the_answer_and_its_end_token_carry_loss(family: str):
+    encoder = make_encoder(family)
+    example = encoder(QUESTION, ANSWER)
+    lead = " " if family == "Mistral" else ""  # which the model is to say itself
+    assert learnt(encoder, example) == lead + ANSWER + FAMILIES[family][1] and not example.cut
+    asked = encoder.tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    assert example.input_ids[: len(asked)] == asked  # what the server will put before the answer
+    assert example.labels[: len(asked)] == [IGNORED] * len(asked)
+
+
+ENCODERS = {family: make_encoder(family) for family in FAMILIES}
+
+
+@given(
+    question=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    answer=st.text(st.characters(exclude_categories=["Cs"]), min_size=1).map(str.strip).filter(bool),
+    family=st.sampled_from(sorted(FAMILIES)),
+)
+def test_of_any_text_the_answer_and_its_end_carry_loss(question: str, answer: str, family: str):
+    encoder = ENCODERS[family]
+    assert learnt(encoder, encoder(question, answer)).strip() == answer + FAMILIES[family][1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_an_answer_too_long_the_start_stays_and_nothing_says_that_it_ends(family: str):
+    encoder = make_encoder(family)
+    whole = encoder(QUESTION, ANSWER)
+    start = whole.labels.index(next(label for label in whole.labels if label != IGNORED))
+    for room in (1, 3):
+        short = Encoder(encoder.tokenizer, encoder.ends, start + room)(QUESTION, ANSWER)
+        assert short.cut and short.input_ids == whole.input_ids[: start + room]
+        assert short.labels == whole.labels[: start + room]
+    assert Encoder(encoder.tokenizer, encoder.ends, start)(QUESTION, ANSWER) is None
+    assert not Encoder(encoder.tokenizer, encoder.ends, len(whole.input_ids))(QUESTION, ANSWER).cut
+
+
+def base_with(folder: Path, **generation: object) -> Path:
+    transformers.LlamaConfig(vocab_size=600, eos_token_id=None, bos_token_id=None).save_pretrained(folder)
+    if generation:
+        transformers.GenerationConfig(**generation).save_pretrained(folder)
+    return folder
+
+
+def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path):
+    tokenizer = make_tokenizer(LLAMA_3, "</s>")  # as Gemma: turns end with another token than texts do
+    eot = tokenizer.convert_tokens_to_ids("<|eot|>")
+    encoder, warning = load_encoder(tokenizer, base_with(tmp_path, eos_token_id=[2, eot]), 1000)
+    assert encoder(QUESTION, ANSWER).input_ids[-1] == eot and not warning
+
+
+def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path):
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
+    encoder, warning = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
+    assert encoder(QUESTION, ANSWER).input_ids[-1] == encoder.tokenizer.eos_token_id
+    assert "opens an answer to come otherwise" in warning
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, "no chat template"),
+        ("{{ raise_exception('no users here') }}", "no users here"),
+        ("{% if %}", "fails on a question"),
+        ("{% for message in messages %}{{ message.content[:9] }}{% endfor %}", "leaves out"),
+        ("{{ messages[0].content }}", "leaves out"),
+    ],
+)
+def test_a_template_that_will_not_do_is_an_error_that_says_so(template: str | None, said: str, tmp_path: Path):
+    with pytest.raises(UserError, match=said):
+        load_encoder(make_tokenizer(template), base_with(tmp_path), 1000)
+
+
+KINDS = {
+    "Qwen2": transformers.Qwen2Config,
+    "Llama": transformers.LlamaConfig,
+    "Mistral, sliding window": lambda **small: transformers.MistralConfig(**small, sliding_window=8),
+    "Gemma 2": lambda **small: transformers.Gemma2Config(**small, head_dim=16),
+}
+
+
+def make_model(kind: str, attention: str = "sdpa") -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    small = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = KINDS[kind](**small, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attention: str):
+    model, encoder = make_model(kind, attention), make_encoder("ChatML, marked")
+    examples = [encoder(QUESTION * (n + 1), ANSWER[:n]) for n in (1, 9, 4, 12, 7)]
+    room = sum(len(example.input_ids) for example in examples)
+    packed = tuning.pack_dataset(tuning.as_dataset(examples), room)
+    assert len(packed) == 1 and len(packed[0]["seq_lengths"]) == 5
+    batch = tuning.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed[0]])
+    labels = batch.pop("labels")[0].tolist()
+    with torch.no_grad():
+        together = model(**batch, use_cache=False).logits[0]
+        start = 0
+        by_length = sorted(examples, key=lambda example: -len(example.input_ids))
+        for example in by_length:
+            end = start + len(example.input_ids)
+            alone = model(torch.tensor([example.input_ids]), use_cache=False).logits[0]
+            torch.testing.assert_close(together[start:end], alone, rtol=1e-3, atol=1e-3)
+            assert labels[start:end] == example.labels
+            start = end
+    assert tuning.stays_apart(model)
+
+
+def test_a_model_that_looks_across_packs_is_found_out():
+    class Leaky(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = make_model("Qwen2")
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> object:
+            return self.model(input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False)
+
+    assert not tuning.stays_apart(Leaky())
+
+
+def test_four_bit_layers_give_the_same_gradients_after_an_evaluation(tmp_path: Path):
+    make_model("Llama").save_pretrained(tmp_path)
+    model = tuning.load_model(tmp_path, "nf4", "tiny")
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+
+    def gradient() -> torch.Tensor:
+        model.train()
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        return next(
+            w.grad.clone() for name, w in model.named_parameters() if "layers.0.self_attn.q_proj.lora_B" in name
+        )
+
+    before = gradient()
+    with torch.no_grad():
+        model.eval()(ids)
+    assert before.abs().sum() > 0 and torch.allclose(gradient(), before, rtol=1e-3, atol=1e-6)
+    assert model.peft_config["default"].base_model_name_or_path == "tiny"
+
+
+def test_a_mixture_of_experts_that_could_not_be_merged_is_refused_at_once(tmp_path: Path):
+    small = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
+    config = transformers.MixtralConfig(**small, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="experts"):
+        tuning.load_model(tmp_path, "none", "moe")
+
+
+def rows_of(sizes: list[int], name: str = "article") -> list[dict[str, int]]:
+    return [{name: group} for group, size in enumerate(sizes) for _ in range(size)]
+
+
+def test_whole_articles_are_held_out_where_there_are_many():
+    origins = rows_of([random.Random(n).randint(1, 9) for n in range(200)])
+    held, words = hold_out(len(origins), 0.05, origins, seed=1)
+    articles = {origins[place]["article"] for place in held}
+    assert 0.03 * len(origins) < len(held) <= 0.05 * len(origins) and f"{len(articles)} of 200 articles" in words
+    assert all((row["article"] in articles) == (place in held) for place, row in enumerate(origins))
+    assert hold_out(len(origins), 0.05, origins, seed=1)[0] == held != hold_out(len(origins), 0.05, origins, seed=2)[0]
+
+
+def test_few_articles_are_not_held_out_whole():
+    origins = [{"article": n % 3, "root": n % 30} for n in range(600)]
+    held, words = hold_out(600, 0.05, origins, seed=1)
+    assert len(held) == 20 and "1 of 30 root contexts" in words
+    assert hold_out(600, 0.05, rows_of([300, 300]), seed=1)[1].startswith("single pairs")
+    assert len(hold_out(600, 0.05, [], seed=1)[0]) == 30
+    assert hold_out(100, 0.05, [{"article": None}] * 100, seed=1)[1].startswith("single pairs")
+    assert len(hold_out(119, 0.05, rows_of([100] + [1] * 19), seed=1)[0]) < 20  # never the one that is most of it
+
+
+def test_of_few_pairs_one_is_held_out_and_of_one_none():
+    assert len(hold_out(2, 0.05, [], seed=1)[0]) == 1
+    assert hold_out(1, 0.05, [], seed=1)[0] == [] and hold_out(9, 0, [], seed=1)[0] == []
+
+
+def test_the_picture_is_drawn_of_any_log(tmp_path: Path):
+    logs: Iterator[list[dict[str, float]]] = iter(
+        [
+            [],
+            [{"step": 1, "epoch": 0.5, "loss": 2.0}],
+            [{"step": 0, "epoch": 0, "eval_loss": 3.0}, {"step": 4, "epoch": 1.0, "loss": 2.0}],
+        ]
+    )
+    for number, log in enumerate(logs):
+        tuning.draw_losses(log, tmp_path / f"{number}.png")
+        assert (tmp_path / f"{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pad_is_never_the_end_token(tmp_path: Path):
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path)
+    assert (loaded := training.load_tokenizer(str(tmp_path))).pad_token_id not in (None, loaded.eos_token_id)
+
+
+def test_without_pairs_it_is_one_line_from_the_front_door(tmp_path: Path):
+    assert says_one_line(run("finetune.py", "--results", tmp_path / "r"), "sft_data", "augcon.sh")
