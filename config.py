@@ -215,13 +215,11 @@ class Settings(BaseSettings):
         return {name: (step, getattr(self, name)) for name, step in steps.items() if step}
 
     def describe(self) -> str:
-        """All settings on a few lines, with a star at those that are not the default; the key is masked."""
-        fields = type(self).model_fields
-        parts = [
-            f"{name}={getattr(self, name)}{'*' if getattr(self, name) != fields[name].default else ''}"
-            for name in fields
-        ]
-        return textwrap.fill(" ".join(parts), 110, initial_indent="settings: ", subsequent_indent="  ")
+        """The settings that are not the default, on a few lines; the key is masked."""
+        values = ((name, getattr(self, name), field.default) for name, field in type(self).model_fields.items())
+        changed = [f"{name}={value}" for name, value, default in values if value != default]
+        rest = "all the others as in --help" if changed else "all as in --help"
+        return textwrap.fill(" ".join([*changed, rest]), 110, initial_indent="settings: ", subsequent_indent="  ")
 
 
 def load_settings(doc: str) -> Settings:
