@@ -39,16 +39,15 @@ def main() -> None:
     settings = load_settings(__doc__)
     results = Results(settings.results)
     tell(settings.describe())
-    from augcon import training
-
-    training.start_processes()
     with contextlib.ExitStack() as held:
-
-        def read() -> tuple[list[RootContext], Queries, list[ScorerPair]]:
+        step_1 = None
+        if is_main():  # what is wrong with the input is said before anything slow
             held.enter_context(results.held())
-            return read_step_1(settings, results)
+            step_1 = read_step_1(settings, results)
+        from augcon import training
 
-        roots, queries, pairs = on_main(read)
+        training.start_processes()
+        roots, queries, pairs = on_main(lambda: step_1)
         if pairs or settings.score_only:
             scores = train_and_score(settings, results, roots, queries, pairs)
         else:
@@ -104,7 +103,10 @@ def train_and_score(
                 f"the scorer in {results.scorer} belongs to another base, {facts['made of']['base']!r}; name it "
                 "with --scorer-model, or leave out --score-only"
             )
-        return facts if settings.score_only or facts["made of"] == made_of else None
+        if settings.score_only or facts["made of"] == made_of:
+            return facts
+        tell(f"scorer:  {results.scorer} was made of other pairs or another base; a new one is trained")
+        return None
 
     facts = on_main(known)
     model = None

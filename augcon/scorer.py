@@ -5,6 +5,7 @@ state of the last token that is trained in full. Loss of Bradley and Terry over 
 """
 
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -189,6 +190,9 @@ def train(
         trainer.train(resume_from_checkpoint=last)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("training the scorer needs more memory than the GPU has; lower --scorer-batch") from error
+    del trainer  # with the optimizer's memory
+    gc.collect()
+    torch.cuda.empty_cache()
     model.eval()
     if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
         raise UserError(f"the scorer's numbers ran away; lower --scorer-learning-rate {rules.learning_rate}")

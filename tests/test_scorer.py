@@ -1,0 +1,188 @@
+"""The scorer's parts: what it reads, what it learns from, that it gives the same numbers again."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from augcon import scorer, training
+from augcon.pairs import NEGATIVES, ScorerPair
+from augcon.scores import KeptScores, key
+from augcon.tiny_model import FAMILIES, make_tiny_model
+
+CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
+QUESTION = "面包店为什么早上六点开门？"
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("base") / request.param
+    make_tiny_model(folder, [CONTEXT, QUESTION], vocabulary=400, family=request.param)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Many threads wait for one another longer than such small models compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def encoder(base: str, max_tokens: int = 2048) -> scorer.Encoder:
+    return scorer.Encoder(training.load_tokenizer(base), max_tokens)
+
+
+def trained(base: str, quantize: training.Quantization = "none"):
+    """A scorer whose adapter does something: fresh ones add nothing to their base."""
+    model = scorer.load_scorer(base, encoder(base), 1, quantize=quantize).eval()
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for weights in model.parameters():
+            if weights.requires_grad:
+                weights += 0.1 * torch.randn(weights.shape, generator=generator).to(weights.dtype)
+    return model
+
+
+def test_the_pad_token_is_not_the_end_and_no_text_has_it(base: str):
+    tokenizer = training.load_tokenizer(base)
+    assert tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    assert len(tokenizer) == len(type(tokenizer).from_pretrained(base)), "the vocabulary has not grown"
+    special = set(tokenizer.all_special_ids) | {tokenizer.pad_token_id}
+    marks = "".join(token.content for token in tokenizer.added_tokens_decoder.values())
+    row = encoder(base)([(marks, marks)])[0]
+    assert not special & set(row[len(tokenizer("")["input_ids"]) :])
+
+
+@pytest.mark.parametrize("max_tokens", [64, 100, 500])
+def test_a_long_context_is_cut_and_the_question_stays(base: str, max_tokens: int):
+    encode = encoder(base, max_tokens)
+    short, long, endless = encode([("", QUESTION), (CONTEXT * 300, QUESTION), (CONTEXT, QUESTION * 300)])
+    question = short[-len(encode.tokenizer(QUESTION, add_special_tokens=False)["input_ids"]) :]
+    assert len(long) == len(endless) == max_tokens
+    assert long[-len(question) :] == question and encode.tokenizer.decode(question) == QUESTION
+    assert encode.tokenizer.decode(endless, skip_special_tokens=True).strip().startswith(QUESTION)
+    begins = len(encode.tokenizer("")["input_ids"])
+    assert long[:begins] == short[:begins] == endless[:begins] == encode.tokenizer("")["input_ids"]
+
+
+def test_a_score_does_not_depend_on_the_padding_beside_it(base: str):
+    encode, model = encoder(base), trained(base)
+    rows = encode([(CONTEXT, QUESTION), ("短。", "问？"), (CONTEXT * 5, QUESTION)])
+    together = scorer.score(model, encode, rows)
+    alone = [scorer.score(model, encode, [row])[0] for row in rows]
+    assert together == pytest.approx(alone, abs=1e-4)
+    assert len({round(value, 3) for value in together}) == 3, "the texts are told apart"
+
+
+def test_the_question_and_its_context_both_count(base: str):
+    encode, model = encoder(base), trained(base)
+    texts = [(CONTEXT, QUESTION), (CONTEXT, "火山为什么喷发？"), ("火山会喷发。", QUESTION)]
+    assert len({round(value, 3) for value in scorer.score(model, encode, encode(texts))}) == 3
+
+
+def test_a_saved_scorer_gives_the_same_scores(base: str, tmp_path: Path):
+    quantize = "nf4" if base.endswith("qwen2") else "none"  # 4-bit arithmetic is slow on a CPU: one will do
+    encode, model = encoder(base), trained(base, quantize)
+    rows = encode([(CONTEXT, QUESTION), ("短。", "问？")])
+    facts = scorer.save(model, tmp_path / "scorer", {"made of": "this"})
+    assert json.loads((tmp_path / "scorer" / "scorer.json").read_text()) == facts
+    assert not list(tmp_path.glob("*.unfinished"))
+    again = scorer.load_scorer(base, encode, 99, tmp_path / "scorer", quantize)
+    assert scorer.score(again, encode, rows) == scorer.score(model, encode, rows)
+
+
+def test_the_head_and_all_linear_layers_learn_and_the_head_computes_in_fp32(base: str):
+    model = scorer.load_scorer(base, encoder(base), 1, quantize="none").to(torch.bfloat16)
+    learning = {name for name, weights in model.named_parameters() if weights.requires_grad}
+    assert sum("score" in name for name in learning) == 1
+    layers = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert all(sum(f"{layer}.lora_A" in name for name in learning) == 2 for layer in layers)
+    encode = encoder(base)
+    batch = encode.padded(encode([(CONTEXT, QUESTION)]))
+    assert model(**batch).logits.dtype == torch.float32
+
+
+@given(st.lists(st.tuples(st.floats(-50, 50), st.floats(-50, 50)), min_size=1, max_size=8))
+def test_the_loss_is_that_of_bradley_and_terry(pairs: list[tuple[float, float]]):
+    better, worse = (torch.tensor(side, dtype=torch.float64) for side in zip(*pairs, strict=True))
+    plain = sum(-math.log(1 / (1 + math.exp(-(a - b)))) if a - b > -700 else b - a for a, b in pairs) / len(
+        pairs
+    ) + scorer.CENTRING * sum((a + b) ** 2 for a, b in pairs) / len(pairs)
+    assert float(scorer.pair_loss(better, worse)) == pytest.approx(plain, rel=1e-4, abs=1e-5)
+
+
+def test_a_badly_ranked_pair_still_pulls():
+    better = torch.tensor([-30.0], requires_grad=True)
+    scorer.pair_loss(better, torch.tensor([30.0])).backward()
+    assert better.grad.item() == pytest.approx(-1, abs=1e-3)
+    half = torch.tensor([-30.0], dtype=torch.bfloat16)
+    assert scorer.pair_loss(half, half).dtype == torch.float32
+
+
+def some_pairs(roots: list[int]) -> list[ScorerPair]:
+    return [ScorerPair(f"c{n}", "good", "bad", list(NEGATIVES)[n % 3], root) for n, root in enumerate(roots)]
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=60),
+    st.dictionaries(st.integers(0, 12), st.integers(0, 5)),
+    st.integers(0, 9),
+)
+def test_held_out_pairs_share_no_article_with_the_others(roots: list[int], article_of: dict[int, int], seed: int):
+    pairs = some_pairs(roots)
+    held, words = scorer.hold_out(pairs, article_of, seed)
+    rest = [pair for pair in pairs if pair not in held]
+    assert rest, "something is left to learn from"
+    articles = {article_of.get(root, -1) for root in roots}
+    unit = (lambda pair: article_of.get(pair.root, -1)) if len(articles) > 1 else (lambda pair: pair.root)
+    assert not set(map(unit, held)) & set(map(unit, rest))
+    assert bool(held) == (len(set(roots)) > 1)
+    assert ("one article" in words) == (len(articles) == 1 and len(set(roots)) > 1)
+    assert scorer.hold_out(pairs, article_of, seed)[0] == held
+
+
+def test_about_a_tenth_is_held_out():
+    pairs = some_pairs([root for root in range(200) for _ in range(5)])
+    held, words = scorer.hold_out(pairs, {root: root // 4 for root in range(200)}, 1)
+    assert len(held) == 100 and words == "5 of 50 articles"
+
+
+@given(st.lists(st.integers(1, 300), max_size=50), st.integers(1, 1000))
+def test_batches_take_each_place_once_the_longest_first_within_the_budget(lengths: list[int], budget: int):
+    made = list(scorer.batches(lengths, budget))
+    assert sorted(place for batch in made for place in batch) == list(range(len(lengths)))
+    assert [lengths[place] for batch in made for place in batch] == sorted(lengths, reverse=True)
+    assert all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in made)
+
+
+def test_what_a_kill_tears_off_costs_only_that_batch(tmp_path: Path):
+    kept = KeptScores(tmp_path / "scores")
+    kept.read()
+    assert (kept.plan, kept.scores) == ([], {})
+    kept.add_to_plan([["a", "b"], ["c"], ["d"]])
+    with kept.part(0) as part:
+        kept.keep(part, 0, [1.5, 2.5])
+        part.write('\n{"batch": 1, "sco')
+    with kept.part(0) as part:
+        kept.keep(part, 2, [4.0])
+    again = KeptScores(tmp_path / "scores")
+    again.read()
+    assert again.plan == [["a", "b"], ["c"], ["d"]] and again.scores == {"a": 1.5, "b": 2.5, "d": 4.0}
+    again.add_to_plan([["e"]])
+    with again.part(1) as part:
+        again.keep(part, 3, [5.0])
+    kept.read()
+    assert kept.scores == {"a": 1.5, "b": 2.5, "d": 4.0, "e": 5.0}
+    assert key("a", "bc") != key("ab", "c")
+
+
+def test_a_model_is_known_again_and_another_is_not(base: str, tmp_path: Path):
+    assert training.check_base(base) == training.check_base(base)
+    make_tiny_model(tmp_path / "other", [CONTEXT, QUESTION], vocabulary=400, seed=1)
+    assert training.check_base(base) != training.check_base(str(tmp_path / "other"))

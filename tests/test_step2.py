@@ -1,0 +1,273 @@
+"""Step 2 through the front door: the script as processes, its files, its last words."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from conftest import ROOT, Engine, clean_environment, free_port, run, says_one_line, start
+
+from augcon.diversity import DiverseQueries
+from augcon.pairs import NEGATIVES
+from augcon.tiny_model import make_tiny_model
+
+LEARN = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3")
+MADE = ("scores.jsonl", "filtered_queries.json", "finished.json")
+DEEPSPEED = Path(sys.executable).with_name("deepspeed")
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def made(results: Path) -> dict[str, bytes]:
+    return {name: (results / name).read_bytes() for name in MADE}
+
+
+def two_ranks(*flags: object, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+    command = [DEEPSPEED, "--quiet", "--num_gpus", 2, "--master_port", free_port(), "step2_scorer.py", *flags]
+    return subprocess.run(
+        list(map(str, command)), cwd=ROOT, env=clean_environment(), text=True, capture_output=True, timeout=timeout
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    make_tiny_model(folder, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of step 1 on the bundled corpus."""
+    results = tmp_path_factory.mktemp("step1") / "results"
+    assert run("step1_gen_q.py", "--api-base", engine.api, "--results", results).returncode == 0
+    return results
+
+
+@pytest.fixture(scope="module")
+def few(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with few pairs and queries: enough to train and to be killed."""
+    results = tmp_path_factory.mktemp("few") / "results"
+    shutil.copytree(questions, results)
+    pairs = datasets.load_from_disk(results / "scorer_pairs")
+    shutil.rmtree(results / "scorer_pairs")
+    pairs.select(range(0, len(pairs), 12)).save_to_disk(results / "scorer_pairs")
+    return results
+
+
+@pytest.fixture(scope="module")
+def bundled(questions: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Results and output of step 2 on the bundled corpus, as two processes."""
+    results = tmp_path_factory.mktemp("step2") / "results"
+    shutil.copytree(questions, results)
+    done = two_ranks("--results", results, "--scorer-model", base, *LEARN)
+    assert done.returncode == 0, done.stderr
+    return results, done.stdout
+
+
+@pytest.mark.slow
+def test_the_scorer_learns_to_tell_pairs_of_articles_that_it_has_not_seen(bundled: tuple[Path, str]):
+    results, output = bundled
+    facts = read(results / "scorer" / "scorer.json")
+    assert facts["accuracy before"]["all"] < 0.7 and facts["accuracy after"]["all"] > 0.8
+    assert all(facts["accuracy after"][kind] > 0.7 for kind in NEGATIVES)
+    assert facts["held-out pairs"]["all"] == sum(facts["held-out pairs"][kind] for kind in NEGATIVES) >= 100
+    assert "of 14 articles" in facts["held out"] and f"{facts['accuracy after']['all']:.3f}" in output
+    assert not (results / "scorer_checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_every_query_has_a_score_and_a_fate_and_the_best_that_differ_are_kept(bundled: tuple[Path, str]):
+    results, output = bundled
+    queries, filtered = read(results / "queries.json"), read(results / "filtered_queries.json")
+    scores = lines(results / "scores.jsonl")
+    assert list(filtered) == list(queries)
+    assert [(row["root"], row["index"], row["question"]) for row in scores] == [
+        (int(root), index, query) for root, listed in queries.items() for index, (_, query) in enumerate(listed)
+    ]
+    for context in lines(results / "contexts.jsonl"):
+        mine = [row for row in scores if row["root"] == context["root"]]
+        kept = sorted((row for row in mine if row["fate"] == "kept"), key=lambda row: -row["score"])
+        texts = queries[str(context["root"])]
+        assert filtered[str(context["root"])] == [texts[row["index"]] for row in kept]
+        assert DiverseQueries(0.7).offer_all(row["question"] for row in kept) == len(kept) <= context["quota"]
+        if len(kept) == context["quota"]:
+            assert all(row["score"] <= kept[-1]["score"] for row in mine if row["fate"] == "over quota")
+    fates = Counter(row["fate"] for row in scores)
+    assert f"{fates.pop('kept'):,} of {len(scores):,} queries" in output
+    assert all(f"{fate} {number:,}" in output for fate, number in fates.items())
+
+
+@pytest.mark.slow
+def test_only_the_first_process_speaks_and_in_the_words_of_augcon(bundled: tuple[Path, str]):
+    told = [line for line in bundled[1].splitlines() if line and line[0] != " "]
+    assert [line.partition(":")[0] for line in told if ": " in line and "WARNING" not in line] == [
+        "settings", "input", "scorer", "trained", "scored", "kept", "made",
+    ] or Counter(line.partition(" ")[0] for line in told)["trained:"] == 1  # fmt: skip
+
+
+@pytest.mark.slow
+def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_scores(
+    bundled: tuple[Path, str], base: Path, tmp_path: Path
+):
+    results = tmp_path / "r"
+    shutil.copytree(bundled[0], results)
+    before = {(row["root"], row["question"]): row["score"] for row in lines(results / "scores.jsonl")}
+    shutil.rmtree(results / "scores_parts")
+    queries = read(results / "queries.json")
+    planted = ["主要讲了什么内容？", "什么是这个？", "请谈一谈看法。"]
+    for listed in queries.values():
+        listed[:0] = [[listed[0][0], question] for question in planted]
+    write(results / "queries.json", queries)
+    again = run("step2_scorer.py", "--results", results, "--scorer-model", base, *LEARN, "--score-only")
+    assert again.returncode == 0 and "trained:" not in again.stdout, again.stderr
+    rows = lines(results / "scores.jsonl")
+    for row in rows:
+        if row["question"] not in planted:
+            assert row["score"] == pytest.approx(before[row["root"], row["question"]], abs=1e-3)
+    mean = {
+        bad: sum(row["score"] for row in rows if (row["question"] in planted) == bad)
+        / sum((row["question"] in planted) == bad for row in rows)
+        for bad in (True, False)
+    }
+    assert mean[True] < mean[False] - 1
+    kept = [row for row in rows if row["fate"] == "kept"]
+    assert sum(row["question"] in planted for row in kept) <= 0.01 * len(kept)
+
+
+@pytest.mark.slow
+def test_short_roots_go_back_to_step_1_once_and_a_further_run_changes_nothing(
+    bundled: tuple[Path, str], base: Path, tmp_path: Path
+):
+    results = tmp_path / "r"
+    shutil.copytree(bundled[0], results)
+    contexts = lines(results / "contexts.jsonl")
+    for number in (3, 7):
+        contexts[number]["quota"] = 1000
+    (results / "contexts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contexts))
+    flags = ("--results", results, "--scorer-model", base, *LEARN)
+    first = run("step2_scorer.py", *flags)
+    assert "as trained before" in first.stdout and "2 go back to step 1" in first.stdout, first.stderr
+    assert "scored:" not in first.stdout, "every score is there already"
+    assert read(results / "refills.json") == [[3, 7]]
+    assert read(results / "finished.json")["step 2"] == {"refills": 0, "ordered": 1}
+    before = made(results)
+    assert run("step2_scorer.py", *flags).returncode == 0
+    assert made(results) == before and read(results / "refills.json") == [[3, 7]]
+
+    # Step 1 has grown the round, and one query is new.
+    queries = read(results / "queries.json")
+    queries["3"].append([queries["3"][0][0], "为什么要等到明年才能拿完，风险又起了什么作用？"])
+    write(results / "queries.json", queries)
+    write(results / "finished.json", {"step 1": {"refills": 1}})
+    last = run("step2_scorer.py", *flags)
+    assert "scored:  1 queries" in last.stdout and "2 stay short of it after 1 refills" in last.stdout
+    assert read(results / "refills.json") == [[3, 7]]
+    assert read(results / "finished.json")["step 2"] == {"refills": 1, "ordered": 1}
+
+
+def killed(flags: tuple, when: Path, pattern: str, rows: int = 1) -> None:
+    """Starts step 2 and kills it as soon as files that match are there, with so many lines in all."""
+    process = start("step2_scorer.py", *flags)
+    try:
+        while process.poll() is None:
+            found = list(when.glob(pattern))
+            if found and sum(len(path.read_text().splitlines()) or 1 for path in found) >= rows:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, "it came to its end before it could be killed"
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
+def test_killed_in_training_and_in_scoring_it_goes_on_to_the_same_outcome(few: Path, base: Path, tmp_path: Path):
+    flags = ("--scorer-model", base, "--scorer-epochs", 3, "--scorer-learning-rate", "3e-3")
+    for name in ("whole", "killed"):
+        shutil.copytree(few, tmp_path / name)
+    whole = run("step2_scorer.py", "--results", tmp_path / "whole", *flags)
+    assert whole.returncode == 0, whole.stderr
+
+    results = tmp_path / "killed"
+    flags = ("--results", results, *flags)
+    killed(flags, results, "scorer_checkpoints/checkpoint-*/whole")
+    torn = results / "scorer_checkpoints" / "checkpoint-9999"  # as a kill amid saving leaves it
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    killed(flags, results, "scores_parts/*/part-*.jsonl", 10)
+    assert (results / "scorer" / "scorer.json").exists() and not (results / "scorer_checkpoints").exists()
+    scored = sum(len(row["scores"]) for path in results.glob("scores_parts/*/part-*") for row in rows_of(path))
+    last = run("step2_scorer.py", *flags)
+    assert last.returncode == 0 and "as trained before" in last.stdout, last.stderr
+    assert "from checkpoint-" in read(results / "scorer" / "scorer.json")["trained"]
+    total = len(lines(results / "scores.jsonl"))
+    left = int(last.stdout.partition("scored:  ")[2].partition(" ")[0].replace(",", ""))
+    assert 0 < left <= total - scored
+    one, other = lines(tmp_path / "whole" / "scores.jsonl"), lines(results / "scores.jsonl")
+    assert [row["score"] for row in other] == pytest.approx([row["score"] for row in one], abs=1e-3)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file that a kill may have torn."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
+@pytest.mark.slow
+def test_without_pairs_the_order_is_that_of_the_trees(few: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    shutil.copytree(few, results)
+    shutil.rmtree(results / "scorer_pairs")
+    done = run("step2_scorer.py", "--results", results)
+    assert done.returncode == 0 and "no pairs to learn from" in done.stdout, done.stderr
+    queries, filtered = read(results / "queries.json"), read(results / "filtered_queries.json")
+    assert all(row["score"] == 0 for row in lines(results / "scores.jsonl"))
+    for root, kept in filtered.items():
+        places = [queries[root].index(text) for text in kept]
+        assert places == sorted(places) and (places[0] == 0 or root != "0")
+
+
+@pytest.mark.slow
+def test_what_a_user_can_mend_is_one_line_from_all_processes_together(few: Path, base: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    shutil.copytree(few, results)
+    missing = two_ranks("--results", results, "--scorer-model", tmp_path / "nowhere")
+    told = [line for line in missing.stderr.splitlines() if line.startswith("error: ")]
+    assert missing.returncode != 0 and len(told) == 1 and str(tmp_path / "nowhere") in told[0]
+    assert "Traceback" not in missing.stderr + missing.stdout
+    shutil.copytree(few, tmp_path / "other")
+    untrained = run("step2_scorer.py", "--results", tmp_path / "other", "--scorer-model", base, "--score-only")
+    assert says_one_line(untrained, "there is no scorer", "--score-only")
+
+
+def test_what_is_wrong_with_the_input_is_one_line(tmp_path: Path):
+    results = tmp_path / "r"
+    results.mkdir()
+    assert says_one_line(run("step2_scorer.py", "--results", results), "contexts.jsonl", "run step1_gen_q.py first")
+    context = {"root": 0, "article": 0, "start": 0, "end": 3, "length": 3, "quota": 1, "text": "一二三"}
+    (results / "contexts.jsonl").write_text(json.dumps(context) + "\n")
+    (results / "queries.json").write_text('{"0": [["一二三", ')
+    assert says_one_line(run("step2_scorer.py", "--results", results), "queries.json", "cannot be read")
+    write(results / "queries.json", {"0": [["一二三", "什么？"]]})
+    assert says_one_line(run("step2_scorer.py", "--results", results), "step 1 has not come to its end")
+    write(results / "finished.json", {"step 1": {"refills": 0}})
+    datasets.Dataset.from_dict({"context": ["a"], "pos_query": ["b"]}).save_to_disk(results / "scorer_pairs")
+    assert says_one_line(run("step2_scorer.py", "--results", results), "scorer_pairs", "neg_query")
