@@ -9,7 +9,7 @@ set -euo pipefail
 home="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 flags=("$@")
 PATH="${VIRTUAL_ENV:-${CONDA_PREFIX:-$home/.venv}}/bin:$PATH"
-export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 # else a log lags behind
 
 ask() { python -P -m augcon.plan "$@"; }
 # Of what runs like this nothing stays when this script ends, however it ends.

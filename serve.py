@@ -62,7 +62,7 @@ def wait(running: server.Server) -> None:
     for seconds in running.wait_until_ready():
         if seconds - told >= 15:
             told = seconds
-            print(f"server:  {seconds:.0f} s: {''.join(running.said()[-1:])[-140:]}", flush=True)
+            print(f"server:  {seconds:.0f} s: {running.last_word()}", flush=True)
 
 
 def serve(running: server.Server) -> int:

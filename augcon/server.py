@@ -24,6 +24,7 @@ from augcon.processes import start
 _HOME = Path(__file__).parent.parent
 _MODULE = (sys.executable, "-P", "-m")  # -P: the working directory is the user's, and no place for modules
 _FAULT = re.compile(r"\b(\w*(?:[Ee]rror|Exception): .+)")
+_MESSAGE = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +170,11 @@ class Server:
         with self.log.open(encoding="utf-8", errors="replace") as file:
             file.seek(self._begin)
             return [line.rstrip() for line in file if line.strip()]
+
+    def last_word(self) -> str:
+        """What the server says it is at: the last message of vLLM, or the last progress bar."""
+        words = [found[1] or found[2] for line in self.said() if (found := _MESSAGE.search(line))]
+        return words[-1][:140] if words else ""
 
     def _answers(self) -> bool:
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))

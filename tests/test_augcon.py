@@ -1,0 +1,154 @@
+"""The whole command, `bash augcon.sh`, as a process."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import ROOT, demo_engine, says_one_line
+from standins import Mark, wait_for
+
+AUGCON = ["bash", str(ROOT / "augcon.sh")]
+NOTHING_TO_DO = "The SFT data is in "
+
+
+def start(mark: Mark, folder: Path, *flags: object, output: Path | int = subprocess.PIPE) -> "subprocess.Popen[str]":
+    """The command in a working directory of its own, its errors in the same stream as its output."""
+    with contextlib.ExitStack() as stack:
+        stream = stack.enter_context(output.open("w")) if isinstance(output, Path) else output
+        return subprocess.Popen(
+            [*AUGCON, *map(str, flags)],
+            cwd=folder,
+            env=mark.environment,
+            text=True,
+            stdout=stream,
+            stderr=subprocess.STDOUT if isinstance(output, Path) else subprocess.PIPE,
+            start_new_session=True,
+        )
+
+
+def run(mark: Mark, folder: Path, *flags: object) -> "subprocess.CompletedProcess[str]":
+    process = start(mark, folder, *flags)
+    output, errors = process.communicate(timeout=500)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def calls_kept(results: Path) -> int:
+    with contextlib.closing(sqlite3.connect(results / "replies.sqlite")) as store:
+        return store.execute("SELECT count(*) FROM replies").fetchone()[0]
+
+
+def made(results: Path) -> dict[str, float]:
+    """When each file under results was written."""
+    return {str(path): path.stat().st_mtime for path in results.rglob("*") if path.is_file()}
+
+
+def data(results: Path) -> list[dict[str, str]]:
+    return datasets.load_from_disk(results / "sft_data").to_list()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two articles of the bundled corpus, in a folder whose name has a blank."""
+    path = tmp_path_factory.mktemp("a corpus") / "two.jsonl"
+    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:2]
+    path.write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The results of a run on that corpus, and what it said."""
+    folder, mark = tmp_path_factory.mktemp("small run"), Mark()
+    done = run(mark, folder, "--corpus", corpus, "--results", "my results")
+    assert done.returncode == 0, done.stderr
+    assert not mark.alive()
+    return folder / "my results", done.stdout
+
+
+@pytest.mark.slow
+def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp_path: Path):
+    mark = Mark()
+    done = run(mark, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not mark.alive()
+    assert "DEMONSTRATION" in done.stdout and "not from an LLM" in done.stdout
+    results = tmp_path / "results"
+    pairs = data(results)
+    assert set(pairs[0]) == {"question", "answer"} and all(pair["question"] and pair["answer"] for pair in pairs)
+    filtered = json.loads((results / "filtered_queries.json").read_text())
+    quota = sum(json.loads(line)["quota"] for line in (results / "contexts.jsonl").read_text().splitlines())
+    assert 0.9 * quota <= len(pairs) <= sum(map(len, filtered.values())) <= quota
+    assert len({pair["question"] for pair in pairs}) == len(pairs)
+
+    before, calls = made(results), calls_kept(results)
+    again = run(mark, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "== Step" not in again.stdout and NOTHING_TO_DO in again.stdout
+    assert made(results) == before and calls_kept(results) == calls
+
+
+@pytest.mark.slow
+def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Path, str], tmp_path: Path):
+    engine = demo_engine(latency=0.1)
+    flags = ["--corpus", corpus, "--results", "r", "--api-base", engine.api, "--max-in-flight", 8]
+    asked = 0
+    for step, sign, kill in (
+        ("== Step 1", "trees", lambda process, mark: process.kill()),
+        ("== Step 2", "learns from", lambda process, mark: os.killpg(process.pid, signal.SIGINT)),  # as Ctrl-C does
+        ("== Step 3", "queries:", lambda process, mark: os.kill(mark.pid("step3_gen_a.py"), signal.SIGKILL)),
+    ):
+        mark, said = Mark(), tmp_path / "said"
+        process = start(mark, tmp_path, *flags, output=said)
+        while step not in wait_for(said) or sign not in said.read_text().partition(step)[2]:
+            assert process.poll() is None, said.read_text()
+            time.sleep(0.05)
+        time.sleep(1)
+        kill(process, mark)
+        assert process.wait(60) != 0
+        assert mark.all_end(40), mark.alive()
+        asked = max(asked, calls_kept(tmp_path / "r"))
+    done = run(mark, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "== Step 3" in done.stdout and "== Step 2" not in done.stdout
+    assert "DEMONSTRATION" not in done.stdout and "scorer" in done.stderr  # no GPU: a warning
+    # Replayed, not asked again: but for those under way at the two kills.
+    requests = engine.metric("vllm:request_success_total")
+    assert asked < calls_kept(tmp_path / "r") <= requests <= calls_kept(tmp_path / "r") + 2 * 8
+    assert data(tmp_path / "r") == data(small[0])
+    assert not mark.alive() and engine.process.poll() is None
+    engine.stop()
+
+
+@pytest.mark.slow
+def test_a_step_whose_file_is_gone_is_run_again_alone(small: tuple[Path, str], corpus: Path, tmp_path: Path):
+    results = tmp_path / "r"
+    shutil.copytree(small[0], results)
+    shutil.rmtree(results / "sft_data")
+    environment = {"AUGCON_SCORER_MODEL": str(json.loads((results / "settings.json").read_text())["scorer_model"])}
+    calls = calls_kept(results)
+    done = run(Mark(**environment), tmp_path, "--corpus", corpus, "--results", "r")
+    assert done.returncode == 0, done.stderr
+    assert "== Step 3" in done.stdout and done.stdout.count("== Step") == 1
+    assert calls_kept(results) == calls and data(results) == data(small[0])
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path):
+    mark = Mark()
+    assert says_one_line(run(mark, tmp_path, "--corpsu", "x"), "--corpus")
+    refused = run(mark, tmp_path, "--corpus", "no such file.jsonl")
+    assert says_one_line(refused, "no such file.jsonl")
+    assert not mark.alive()
+
+
+def test_help_tells_the_settings(tmp_path: Path):
+    done = run(Mark(), tmp_path, "--max-length", 300, "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert "AUGCON_API_BASE" in done.stdout and "--max-refills" in done.stdout and "Ctrl-C" not in done.stdout
