@@ -57,7 +57,7 @@ def main() -> None:
         encoder, warning = load_encoder(tokenizer, inputs.base, settings.max_tokens)
         tell(f"note:    {warning}") if warning else None
         examples, held_out = encode(encoder, inputs)
-        model = tuning.load_model(inputs.base, inputs.trained_with.quantize, settings.model)
+        model = tuning.load_model(inputs.base, inputs.trained_with.quantize, settings.model, settings.seed)
         rules = tuning.TuningRules(settings.epochs, settings.batch, settings.learning_rate, settings.seed)
         tuned = tuning.tune(model, tokenizer, examples, held_out, rules, results.checkpoints, inputs.made_of)
         if is_main():

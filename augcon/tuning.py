@@ -40,8 +40,9 @@ class Tuned:
     speed: str
 
 
-def load_model(base: Path, quantize: training.Quantization, name: str) -> PeftModel:
+def load_model(base: Path, quantize: training.Quantization, name: str, seed: int) -> PeftModel:
     """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained."""
+    transformers.set_seed(seed)  # the adapter starts random
     model = training.load_base(transformers.AutoModelForCausalLM, str(base), quantize)
     model.config.use_cache = False
     tuned = get_peft_model(model, training.lora("CAUSAL_LM"))

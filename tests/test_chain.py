@@ -1,0 +1,151 @@
+"""From pairs to served answers for real: DeepSpeed with two processes, NF4, the merge, and vLLM's CPU build.
+
+A tiny model of random weights learns some pairs by heart. If template, loss, packing, merge and serving all fit, it
+answers the questions with the very answers that it was trained on, and stops where they end.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+from conftest import ROOT, clean_environment, free_port, run, says_one_line
+
+from augcon.tiny_model import make_tiny_model
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = [
+    json.loads(line)
+    for name in ("qa_examples.jsonl", "qa_examples_en.jsonl")
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+]
+PAIRS = [(row["question"], row["answer"]) for row in EXAMPLES[6:14]]  # of both languages
+FLAGS = ("--quantize", "nf4", "--learning-rate", "5e-3", "--epochs", 12, "--held-out", 0)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    make_tiny_model(folder, [row["context"] + row["question"] + row["answer"] for row in EXAMPLES])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        weight.data *= 10  # or no hidden state could make it sure of a word
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_pairs(results: Path, pairs: list[tuple[str, str]]) -> Path:
+    questions, answers = zip(*pairs, strict=True)
+    datasets.Dataset.from_dict({"question": questions, "answer": answers}).save_to_disk(results / "sft_data")
+    return results
+
+
+def start_two_processes(*arguments: object) -> "subprocess.Popen[str]":
+    """finetune.py under DeepSpeed, in a process group of its own."""
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
+    command += ["finetune.py", *map(str, arguments)]
+    environment = {**clean_environment(), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=environment, start_new_session=True, **pipes)
+
+
+def finetune(*arguments: object) -> str:
+    """finetune.py under DeepSpeed to its end; what it says."""
+    process = start_two_processes(*arguments)
+    try:
+        said, _ = process.communicate(timeout=400)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    return said
+
+
+def losses(results: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in json.loads((results / "log.json").read_text()) if name in row]
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    results = write_pairs(tmp_path_factory.mktemp("chain") / "results", PAIRS * 16)
+    return results, finetune("--results", results, "--model", base, *FLAGS)
+
+
+def test_fine_tuning_leaves_adapter_checkpoints_log_and_picture(tuned: tuple[Path, str]):
+    results, said = tuned
+    assert losses(results)[0] > 5 and losses(results)[-1] < 0.5
+    assert len(list((results / "ckpts").glob("checkpoint-*/adapter_model.safetensors"))) == 12
+    assert (results / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((results / "LoRA" / "trained_with.json").read_text())["quantize"] == "nf4"
+    for figure in ("tokens/s a process", "peak memory", "0 answers cut", "packs of at most", "(12 epochs)"):
+        assert said.count(figure) == 1, said  # from one of the two processes
+
+
+def test_a_finished_run_does_nothing_again_and_one_with_other_settings_is_refused(tuned: tuple[Path, str], base: Path):
+    results, _ = tuned
+    made = (results / "LoRA" / "adapter_model.safetensors").stat().st_mtime_ns
+    flags = ("--results", results, "--model", base)
+    again = run("finetune.py", *flags, *FLAGS)
+    assert again.returncode == 0 and "done:" in again.stdout and "fine-tuning:" not in again.stderr
+    assert says_one_line(run("finetune.py", *flags, *FLAGS, "--epochs", 3), "epochs was 12 and is now 3")
+    assert (results / "LoRA" / "adapter_model.safetensors").stat().st_mtime_ns == made
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+def test_the_served_model_gives_the_trained_answers(tuned: tuple[Path, str], tmp_path: Path):
+    results, _ = tuned
+    merged = run("merge.py", "--results", results, "--check")
+    assert merged.returncode == 0, merged.stderr
+    assert float(merged.stdout.partition("KL divergence from base and adapter ")[2].split()[0]) < 1e-4
+    asked = [PAIRS[place][0] for place in (5, 2, 7, 0, 1, 6, 3, 4)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": question}) + "\n" for question in asked))
+    inference = [sys.executable, "inference.py", "--results", results, "--questions", questions]
+    inference += ["--answer-temperature", "0", "--answer-max-tokens", "400"]
+    served = run("serve.py", "--model", results / "sft_model", "--results", results, "--", *inference, timeout=400)
+    assert served.returncode == 0, served.stdout + served.stderr
+    outputs = datasets.load_from_disk(results / "outputs")
+    answers = dict(PAIRS)
+    assert outputs["question"][:] == asked
+    assert outputs["answer"][:] == [answers[question] for question in asked]
+
+
+def test_killed_between_checkpoints_it_ends_with_the_same_losses(base: Path, tmp_path: Path):
+    flags = ("--model", base, *FLAGS[:4], "--epochs", 2, "--held-out", 0.1)
+    whole = write_pairs(tmp_path / "whole", PAIRS * 6)
+    finetune("--results", whole, *flags)
+    killed = write_pairs(tmp_path / "killed", PAIRS * 6)
+    process = start_two_processes("--results", killed, *flags)
+    deadline = time.monotonic() + 300
+    try:
+        while not list((killed / "ckpts").glob("checkpoint-*/whole")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.5)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (killed / "LoRA").exists() and not (killed / "log.json").exists()
+    assert "from checkpoint-" in finetune("--results", killed, *flags)
+    assert losses(killed)[-1] == pytest.approx(losses(whole)[-1], abs=1e-4)
+    assert losses(killed, "eval_loss")[-1] == pytest.approx(losses(whole, "eval_loss")[-1], abs=1e-4)
+    assert len(losses(killed, "eval_loss")) == 3  # before the training, and at the end of each epoch
+
+
+def test_a_single_pair_will_do_and_its_end_is_cut_where_there_is_no_room(base: Path, tmp_path: Path):
+    results = write_pairs(tmp_path, PAIRS[:1])
+    done = run("finetune.py", "--results", results, "--model", base, "--epochs", 2, "--max-tokens", 60)
+    assert done.returncode == 0, done.stderr
+    assert "1 pairs, 0 of them held out" in done.stdout and "1 answers cut at --max-tokens 60" in done.stdout
+    assert json.loads((results / "LoRA" / "trained_with.json").read_text())["quantize"] == "none"
+    assert len(losses(results)) == 2
