@@ -225,7 +225,7 @@ def origins_of(results: Results, queries: set[Query]) -> dict[Query, dict[str, A
         place = (node["root"], asked[node["root"]])
         asked[node["root"]] += 1
         query = (node["root"], node["context"], node["query"])
-        if query in origins and origins[query]["path"] is None:
+        if query in origins:
             origins[query].update({name: node[name] for name in ("path", "depth", "pass")})
             places[place] = query
     for row in results.read_lines(results.scores, "step2_scorer.py") if results.scores.exists() else ():

@@ -264,11 +264,13 @@ def test_when_no_grade_can_be_read_the_first_set_is_used_and_that_is_said(tmp_pa
         assert table[of]["chosen"] == table[of]["sets"][0]["examples"] and table[of]["sets"][0]["mean"] is None
         assert f"search:  {of}: 2 sets of 3 of 10 examples, 0 answers graded; none has half" in done.stdout
     assert done.stdout.count("ungraded: no grade 14") == 2
-    last = [body for body in bodies if prompt_of(body).endswith(QUESTIONS[2][1])]
-    shown = [json.loads(line) for line in (ROOT / "qa_examples_en.jsonl").read_text().splitlines()]
-    assert [turn["content"] for turn in last[0]["messages"][1::2]] == [
-        shown[n]["answer"] for n in table["en"]["chosen"]
-    ]
+    for of, file, (_, question) in (
+        ("zh", "qa_examples.jsonl", QUESTIONS[0]),
+        ("en", "qa_examples_en.jsonl", QUESTIONS[2]),
+    ):
+        human = [json.loads(line)["answer"] for line in (ROOT / file).read_text().splitlines()]
+        asked = next(body for body in bodies if prompt_of(body).endswith(question))
+        assert [turn["content"] for turn in asked["messages"][1::2]] == [human[n] for n in table[of]["chosen"]]
 
 
 def test_a_model_that_only_refuses_ends_in_one_line_that_says_so(tmp_path: Path):
