@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 # Before the libraries below look around for themselves.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait are slow beside other work
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 for _name in ("bitsandbytes", "huggingface_hub", "torch.distributed", "torch.utils.checkpoint"):
     logging.getLogger(_name).setLevel(logging.ERROR)

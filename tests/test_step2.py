@@ -66,7 +66,7 @@ def few(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with few pairs and queries: enough to train and to be killed."""
     results = tmp_path_factory.mktemp("few") / "results"
     shutil.copytree(questions, results)
-    pairs = datasets.load_from_disk(results / "scorer_pairs")
+    pairs = datasets.load_from_disk(questions / "scorer_pairs")
     shutil.rmtree(results / "scorer_pairs")
     pairs.select(range(0, len(pairs), 12)).save_to_disk(results / "scorer_pairs")
     return results
@@ -117,10 +117,9 @@ def test_every_query_has_a_score_and_a_fate_and_the_best_that_differ_are_kept(bu
 
 @pytest.mark.slow
 def test_only_the_first_process_speaks_and_in_the_words_of_augcon(bundled: tuple[Path, str]):
-    told = [line for line in bundled[1].splitlines() if line and line[0] != " "]
-    assert [line.partition(":")[0] for line in told if ": " in line and "WARNING" not in line] == [
-        "settings", "input", "scorer", "trained", "scored", "kept", "made",
-    ] or Counter(line.partition(" ")[0] for line in told)["trained:"] == 1  # fmt: skip
+    told = [line.partition(":")[0] for line in bundled[1].splitlines() if line and line[0] not in " ["]
+    assert told[:4] == ["settings", "input", "scorer", "trained"] and told[-4:] == ["scored", "kept", "roots", "made"]
+    assert len(told) == 9, "and the line above the table"
 
 
 @pytest.mark.slow
@@ -129,7 +128,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
 ):
     results = tmp_path / "r"
     shutil.copytree(bundled[0], results)
-    before = {(row["root"], row["question"]): row["score"] for row in lines(results / "scores.jsonl")}
+    before = {(row["root"], row["index"]): row["score"] for row in lines(results / "scores.jsonl")}
     shutil.rmtree(results / "scores_parts")
     queries = read(results / "queries.json")
     planted = ["主要讲了什么内容？", "什么是这个？", "请谈一谈看法。"]
@@ -141,7 +140,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
     rows = lines(results / "scores.jsonl")
     for row in rows:
         if row["question"] not in planted:
-            assert row["score"] == pytest.approx(before[row["root"], row["question"]], abs=1e-3)
+            assert row["score"] == pytest.approx(before[row["root"], row["index"] - len(planted)], abs=1e-3)
     mean = {
         bad: sum(row["score"] for row in rows if (row["question"] in planted) == bad)
         / sum((row["question"] in planted) == bad for row in rows)
