@@ -19,7 +19,7 @@ from augcon import training, tuning
 from augcon.adapters import TrainedWith, fingerprint, model_folder
 from augcon.errors import UserError, one_line, stage
 from augcon.masking import Encoder, Example, hold_out, load_encoder
-from augcon.ranks import is_main, on_main, one_voice, processes, tell
+from augcon.ranks import on_main, one_voice, processes, tell
 from augcon.results import Results
 from config import Settings, load_settings
 
@@ -57,11 +57,10 @@ def main() -> None:
         encoder, warning = load_encoder(tokenizer, inputs.base, settings.max_tokens)
         tell(f"note:    {warning}") if warning else None
         examples, held_out = encode(encoder, inputs)
-        model = tuning.load_model(inputs.base, inputs.trained_with.quantize, settings.model, settings.seed)
+        model = tuning.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
         rules = tuning.TuningRules(settings.epochs, settings.batch, settings.learning_rate, settings.seed)
         tuned = tuning.tune(model, tokenizer, examples, held_out, rules, results.checkpoints, inputs.made_of)
-        if is_main():
-            save(results, inputs, model, tuned)
+        on_main(lambda: save(results, inputs, model, tuned))
 
 
 def read_inputs(settings: Settings, results: Results) -> Inputs:
@@ -70,7 +69,7 @@ def read_inputs(settings: Settings, results: Results) -> Inputs:
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
     base = model_folder(settings.model)
     trained_with = TrainedWith(
-        base=settings.model,
+        base=str(base.resolve()) if base == Path(settings.model) else settings.model,
         fingerprint=fingerprint(base),
         quantize="nf4" if training.quantization(settings.quantize) else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",

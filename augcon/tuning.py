@@ -33,9 +33,10 @@ class TuningRules:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What came out of it: the Trainer's log history, and the figures of this run in words."""
+    """What came out of it: the Trainer's log history, and the figures of this run, in words too."""
 
     log: list[dict[str, Any]]
+    tokens_per_second: float  # of one process
     packing: str
     speed: str
 
@@ -118,9 +119,11 @@ def tune(
         ) from error
     if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
         raise UserError(f"the model's numbers ran away; lower --learning-rate {rules.learning_rate}")
-    share = watch.steps / steps_an_epoch / ranks.processes()
+    tokens = sum(lengths) * watch.steps / steps_an_epoch / ranks.processes()
+    tokens_per_second = tokens / max(watch.seconds, 1e-9)
     return Tuned(
         log=trainer.state.log_history,
+        tokens_per_second=tokens_per_second,
         packing=(
             f"{len(examples):,} pairs in {len(packed):,} packs of at most {length:,} tokens, "
             f"{sum(lengths) / (len(packed) * length):.0%} full"
@@ -129,7 +132,7 @@ def tune(
         ),
         speed=(
             f"{watch.steps:,} steps in {watch.seconds:.0f} s{f' from {Path(last).name} on' if last else ''}, "
-            f"{share * sum(lengths) / max(watch.seconds, 1e-9):,.0f} tokens/s a process, {training.peak_memory()}"
+            f"{tokens_per_second:,.0f} tokens/s a process, {training.peak_memory()}"
         ),
     )
 
