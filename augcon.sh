@@ -51,11 +51,8 @@ if [ "$scorer" = tiny ]; then
     export AUGCON_SCORER_MODEL="$results/tiny_model"
     export AUGCON_SCORER_EPOCHS="${AUGCON_SCORER_EPOCHS:-1}"
     export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-2e-3}"
-    if [ ! -e "$AUGCON_SCORER_MODEL" ]; then
-        python -P -m augcon.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null 2>&1
-        mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
-    fi
 fi
+
 before=""
 while true; do
     step="$(ask next "$@")"
@@ -74,6 +71,10 @@ while true; do
             ;;
         2)
             echo "== Step 2: scorer, rank and filter"
+            if [ "$scorer" = tiny ] && [ ! -e "$AUGCON_SCORER_MODEL" ]; then
+                python -P -m augcon.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null 2>&1
+                mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
+            fi
             port="$(ask port)"
             alone deepspeed "${ranks[@]}" --master_port "$port" --quiet "$home/step2_scorer.py" "$@"
             ;;

@@ -10,7 +10,6 @@ dropped_queries.jsonl (questions without a good answer, with the reason). Run it
 
 import asyncio
 import gc
-import hashlib
 import random
 import statistics
 import time
@@ -83,8 +82,7 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
         report_calls(llm, time.monotonic() - started)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
     refills = results.finished().get("step 2", {}).get("refills", 0)
-    digest = hashlib.sha256(results.filtered_queries.read_bytes()).hexdigest()[:16]
-    results.finish(3, refills=refills, queries=digest)
+    results.finish(3, refills=refills, queries=results.digest(results.filtered_queries))
 
 
 def rules(settings: Settings) -> alignment.AnswerRules:

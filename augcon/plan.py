@@ -43,36 +43,47 @@ def way(settings: Settings, gpus: int) -> str:
 
 
 def check_and_plan(settings: Settings) -> str:
-    """The next step. Raises UserError for results that were made with other settings or another corpus."""
+    """The next step.
+
+    Raises UserError for a corpus or examples that cannot be read, before hours are spent on the steps that come
+    first, and for results that were made with other settings or from other texts.
+    """
+    from augcon import alignment, demo_engine
+    from augcon.recipes import inputs, qa_examples, root_contexts
+
     results = Results(settings.results)
-    if results.record.exists():
-        from augcon import demo_engine
-        from augcon.recipes import inputs, root_contexts
+    made_with = {
+        **settings.made_with(),
+        **inputs(settings, root_contexts(settings)[0]),
+        "content of the examples": (3, alignment.examples_digest(qa_examples(settings))),
+    }
+    served = results.check({name: value for name, (step, value) in made_with.items() if step <= 3}).get("model served")
+    if served and "api_base" not in settings.model_fields_set and (served == demo_engine.MODEL) != settings.demo:
+        now = "the demonstration engine" if settings.demo else settings.model
+        raise UserError(f"{results.folder} was made with {served!r}, not with {now}; use another folder with --results")
+    finished = results.finished()
+    done = {
+        1: finished.get("step 1") if results.queries.exists() else None,
+        2: finished.get("step 2") if results.filtered_queries.exists() else None,
+        3: finished.get("step 3") if results.sft_data.exists() else None,
+    }
+    if done[2] and done[3] and done[3]["queries"] != results.digest(results.filtered_queries):
+        done[3] = None  # step 2 has been run again since
+    return next_step(done)
 
-        made_with = {**settings.made_with(), **inputs(settings, root_contexts(settings)[0])}
-        mine = {name: value for name, (step, value) in made_with.items() if step <= 3}
-        served = results.check(mine).get("model served")
-        if served and "api_base" not in settings.model_fields_set and (served == demo_engine.MODEL) != settings.demo:
-            now = "the demonstration engine" if settings.demo else settings.model
-            raise UserError(
-                f"{results.folder} was made with {served!r}, not with {now}; use another folder with --results"
-            )
-    there = {1: results.queries.exists(), 2: results.filtered_queries.exists(), 3: results.sft_data.exists()}
-    return next_step(results.finished(), there)
 
-
-def next_step(finished: dict[str, dict[str, Any]], there: dict[int, bool]) -> str:
-    """The first step that has something to do, of steps that have ``finished`` and whose files are ``there``.
+def next_step(done: dict[int, dict[str, Any] | None]) -> str:
+    """The first step that has something to do, from the facts that each left when it ended, if it did.
 
     Step 2 orders refills from step 1: "ordered" rounds of them. "refills" is how many rounds what a step
     has made contains.
     """
-    done = {step: finished.get(f"step {step}", {}) if there[step] else {} for step in (1, 2, 3)}
-    if not done[1] or done[2].get("ordered", 0) > done[1]["refills"]:
+    one, two, three = (done[step] for step in (1, 2, 3))
+    if one is None or (two is not None and two["ordered"] > one["refills"]):
         return "1"
-    if not done[2] or done[2]["refills"] < done[1]["refills"]:
+    if two is None or two["refills"] < one["refills"]:
         return "2"
-    if not done[3] or done[3]["refills"] < done[2]["refills"]:
+    if three is None or three["refills"] < two["refills"]:
         return "3"
     return "done"
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -110,6 +111,10 @@ class Results:
     def finished(self) -> dict[str, dict[str, Any]]:
         """The steps that have come to their end ("step 1", …) with their facts."""
         return self.read_json(self.finished_file) if self.finished_file.exists() else {}
+
+    def digest(self, path: Path) -> str:
+        """What tells one content of a file from another."""
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
     def read_json(self, path: Path, made_by: str = "") -> Any:
         """A JSON file of this folder. Raises UserError when it is not there, naming who makes it, or is damaged."""

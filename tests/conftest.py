@@ -10,9 +10,13 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from standins import Mark
 
 hypothesis.settings.register_profile("augcon", deadline=None)  # a first call may load jieba's dictionary
 hypothesis.settings.load_profile("augcon")
@@ -99,3 +103,13 @@ def says_one_line(result: "subprocess.CompletedProcess[str]", *parts: str) -> bo
     """Whether a run ended on an error of one line that has these parts."""
     lines = [line for line in result.stderr.splitlines() if line.strip() and "|" not in line]
     return result.returncode != 0 and len(lines) == 1 and all(part in lines[0] for part in ("error: ", *parts))
+
+
+@pytest.fixture
+def mark() -> Iterator["Mark"]:
+    """An environment in which all that a run starts can be found again, and here at last is ended."""
+    from standins import Mark
+
+    made = Mark()
+    yield made
+    made.end()

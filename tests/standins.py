@@ -68,11 +68,11 @@ def fake_vllm(folder: Path) -> Path:
 
 
 class Mark:
-    """An environment in which all that a run starts can be found again."""
+    """An environment in which all that a run starts can be found again; the fixture ``mark`` makes one."""
 
-    def __init__(self, **further: str) -> None:
+    def __init__(self) -> None:
         self.mark = uuid.uuid4().hex
-        self.environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "MARK_OF_A_TEST": self.mark, **further}
+        self.environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "MARK_OF_A_TEST": self.mark}
 
     def processes(self) -> list[psutil.Process]:
         """The living processes that bear this mark."""
@@ -99,6 +99,12 @@ class Mark:
             with contextlib.suppress(psutil.NoSuchProcess):
                 commands[process.pid] = process.cmdline()
         return commands
+
+    def end(self) -> None:
+        """Kills what is left of them, for the tests after one that failed."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def all_end(self, patience: float = 15) -> bool:
         """Whether all of them come to their end."""

@@ -68,14 +68,14 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """The results of a run on that corpus, and what it said."""
     folder, mark = tmp_path_factory.mktemp("small run"), Mark()
     done = run(mark, folder, "--corpus", corpus, "--results", "my results")
-    assert done.returncode == 0, done.stderr
-    assert not mark.alive()
+    left = mark.alive()
+    mark.end()
+    assert done.returncode == 0 and not left, done.stderr
     return folder / "my results", done.stdout
 
 
 @pytest.mark.slow
-def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp_path: Path):
-    mark = Mark()
+def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp_path: Path, mark: Mark):
     done = run(mark, tmp_path)
     assert done.returncode == 0, done.stderr
     assert not mark.alive()
@@ -96,7 +96,7 @@ def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp
 
 
 @pytest.mark.slow
-def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Path, str], tmp_path: Path):
+def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Path, str], tmp_path: Path, mark: Mark):
     engine = demo_engine(latency=0.1)
     flags = ["--corpus", corpus, "--results", "r", "--api-base", engine.api, "--max-in-flight", 8]
     asked = 0
@@ -105,7 +105,7 @@ def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Pat
         ("== Step 2", "learns from", lambda process, mark: os.killpg(process.pid, signal.SIGINT)),  # as Ctrl-C does
         ("== Step 3", "queries:", lambda process, mark: os.kill(mark.pid("step3_gen_a.py"), signal.SIGKILL)),
     ):
-        mark, said = Mark(), tmp_path / "said"
+        said = tmp_path / "said"
         process = start(mark, tmp_path, *flags, output=said)
         while step not in wait_for(said) or sign not in said.read_text().partition(step)[2]:
             assert process.poll() is None, said.read_text()
@@ -128,27 +128,28 @@ def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Pat
 
 
 @pytest.mark.slow
-def test_a_step_whose_file_is_gone_is_run_again_alone(small: tuple[Path, str], corpus: Path, tmp_path: Path):
+def test_a_step_whose_file_is_gone_is_run_again_alone(
+    small: tuple[Path, str], corpus: Path, tmp_path: Path, mark: Mark
+):
     results = tmp_path / "r"
     shutil.copytree(small[0], results)
     shutil.rmtree(results / "sft_data")
-    environment = {"AUGCON_SCORER_MODEL": str(json.loads((results / "settings.json").read_text())["scorer_model"])}
+    mark.environment["AUGCON_SCORER_MODEL"] = json.loads((results / "settings.json").read_text())["scorer_model"]
     calls = calls_kept(results)
-    done = run(Mark(**environment), tmp_path, "--corpus", corpus, "--results", "r")
+    done = run(mark, tmp_path, "--corpus", corpus, "--results", "r")
     assert done.returncode == 0, done.stderr
     assert "== Step 3" in done.stdout and done.stdout.count("== Step") == 1
     assert calls_kept(results) == calls and data(results) == data(small[0])
 
 
-def test_what_cannot_be_is_one_line(tmp_path: Path):
-    mark = Mark()
+def test_what_cannot_be_is_one_line(tmp_path: Path, mark: Mark):
     assert says_one_line(run(mark, tmp_path, "--corpsu", "x"), "--corpus")
     refused = run(mark, tmp_path, "--corpus", "no such file.jsonl")
-    assert says_one_line(refused, "no such file.jsonl")
+    assert says_one_line(refused, "no such file.jsonl") and "== Step" not in refused.stdout
     assert not mark.alive()
 
 
-def test_help_tells_the_settings(tmp_path: Path):
-    done = run(Mark(), tmp_path, "--max-length", 300, "--help")
+def test_help_tells_the_settings(tmp_path: Path, mark: Mark):
+    done = run(mark, tmp_path, "--max-length", 300, "--help")
     assert done.returncode == 0 and not done.stderr
     assert "AUGCON_API_BASE" in done.stdout and "--max-refills" in done.stdout and "Ctrl-C" not in done.stdout

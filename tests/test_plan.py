@@ -1,5 +1,6 @@
 """Which step augcon.sh runs next, and who serves."""
 
+import hashlib
 import json
 import os
 import sys
@@ -12,30 +13,46 @@ from augcon.errors import UserError
 from augcon.plan import check_and_plan, next_step, way
 from config import Settings, load_settings
 
-ALL = {1: True, 2: True, 3: True}
+Facts = dict[str, int] | None
 
 
 @pytest.mark.parametrize(
-    ("finished", "there", "step"),
+    ("one", "two", "three", "step"),
     [
-        ([], {}, "1"),
-        ([{"refills": 0}], {1: True}, "2"),
-        ([{"refills": 0}], {}, "1"),  # finished once, and then removed by hand
-        ([{"refills": 0}, {"refills": 0, "ordered": 0}], {1: True, 2: True}, "3"),
-        ([{"refills": 0}, {"refills": 0, "ordered": 0}], {1: True}, "2"),
-        ([{"refills": 0}, {"refills": 0, "ordered": 1}], {1: True, 2: True}, "1"),
-        ([{"refills": 1}, {"refills": 0, "ordered": 1}], {1: True, 2: True}, "2"),
-        ([{"refills": 1}, {"refills": 1, "ordered": 1}], {1: True, 2: True}, "3"),
-        ([{"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 0}], ALL, "3"),  # answers from before the refill
-        ([{"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 1}], ALL, "done"),
-        ([{"refills": 1}, {"refills": 1, "ordered": 2}, {"refills": 1}], ALL, "1"),  # --max-refills was raised
-        ([{"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}], {1: True, 2: True}, "3"),
-        ([{"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}], {2: True, 3: True}, "1"),
+        (None, None, None, "1"),
+        ({"refills": 0}, None, None, "2"),
+        ({"refills": 0}, {"refills": 0, "ordered": 0}, None, "3"),
+        ({"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}, "done"),
+        ({"refills": 0}, {"refills": 0, "ordered": 1}, None, "1"),
+        ({"refills": 1}, {"refills": 0, "ordered": 1}, None, "2"),
+        ({"refills": 1}, {"refills": 1, "ordered": 1}, None, "3"),
+        ({"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 0}, "3"),  # answers from before the refill
+        ({"refills": 1}, {"refills": 1, "ordered": 2}, {"refills": 1}, "1"),  # --max-refills was raised
+        (None, {"refills": 0, "ordered": 0}, {"refills": 0}, "1"),  # queries.json was removed
+        ({"refills": 0}, None, {"refills": 0}, "2"),
     ],
 )
-def test_the_next_step(finished: list[dict[str, int]], there: dict[int, bool], step: str):
-    steps = {f"step {number}": facts for number, facts in enumerate(finished, 1)}
-    assert next_step(steps, {number: there.get(number, False) for number in ALL}) == step
+def test_the_next_step(one: Facts, two: Facts, three: Facts, step: str):
+    assert next_step({1: one, 2: two, 3: three}) == step
+
+
+def test_a_step_whose_file_was_removed_is_to_be_run_again(tmp_path: Path, settings: Callable[..., Settings]):
+    facts = {"step 1": {"refills": 0}, "step 2": {"refills": 0, "ordered": 0}}
+    facts["step 3"] = {"refills": 0, "queries": hashlib.sha256(b"{}").hexdigest()[:16]}
+    (tmp_path / "finished.json").write_text(json.dumps(facts))
+    for step, name in (("1", "queries.json"), ("2", "filtered_queries.json"), ("3", "sft_data")):
+        assert check_and_plan(settings("--results", tmp_path)) == step
+        (tmp_path / name).write_text("{}")
+    assert check_and_plan(settings("--results", tmp_path)) == "done"
+    (tmp_path / "filtered_queries.json").write_text("{} ")  # step 2 has kept others since
+    assert check_and_plan(settings("--results", tmp_path)) == "3"
+
+
+def test_inputs_that_cannot_be_read_are_told_before_anything_is_run(tmp_path: Path, settings: Callable[..., Settings]):
+    with pytest.raises(UserError, match="no such corpus"):
+        check_and_plan(settings("--results", tmp_path, "--corpus", "no such corpus.jsonl"))
+    with pytest.raises(UserError, match="no such examples"):
+        check_and_plan(settings("--results", tmp_path, "--qa-examples", "no such examples.jsonl"))
 
 
 @pytest.fixture

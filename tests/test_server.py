@@ -65,8 +65,8 @@ def healthy(address: str) -> bool:
         return False
 
 
-def test_a_command_has_a_server_while_it_runs_and_its_status_counts(tmp_path: Path):
-    mark = Mark(AUGCON_API_MODEL="a name for another server")
+def test_a_command_has_a_server_while_it_runs_and_its_status_counts(tmp_path: Path, mark: Mark):
+    mark.environment["AUGCON_API_MODEL"] = "a name for another server"
     check = f"""
 import os, pathlib, urllib.request
 address = os.environ["AUGCON_API_BASE"]
@@ -83,8 +83,7 @@ pathlib.Path({str(tmp_path / "noted")!r}).write_text(address)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_stops_command_and_server(tmp_path: Path, number: signal.Signals):
-    mark = Mark()
+def test_a_signal_stops_command_and_server(tmp_path: Path, mark: Mark, number: signal.Signals):
     command, noted = lasting(tmp_path)
     process = serve(mark, "--demo", "--results", tmp_path / "r", "--", *command)
     address = wait_for(noted)
@@ -97,8 +96,7 @@ def test_a_signal_stops_command_and_server(tmp_path: Path, number: signal.Signal
 
 
 @pytest.mark.slow
-def test_the_shell_that_waits_is_killed(tmp_path: Path):
-    mark = Mark()
+def test_the_shell_that_waits_is_killed(tmp_path: Path, mark: Mark):
     command, noted = lasting(tmp_path, "stubborn")
     shell = ["bash", "-c", '"$@"; true', "bash", *SERVE, "--demo", "--results", str(tmp_path / "r"), "--", *command]
     process = subprocess.Popen(shell, env=mark.environment, stderr=subprocess.DEVNULL, start_new_session=True)
@@ -108,8 +106,7 @@ def test_the_shell_that_waits_is_killed(tmp_path: Path):
     assert mark.all_end(40)
 
 
-def test_a_server_that_dies_stops_the_command_and_tells(tmp_path: Path):
-    mark = Mark()
+def test_a_server_that_dies_stops_the_command_and_tells(tmp_path: Path, mark: Mark):
     command, noted = lasting(tmp_path)
     process = serve(mark, "--demo", "--results", tmp_path / "r", "--", *command)
     wait_for(noted)
@@ -120,8 +117,8 @@ def test_a_server_that_dies_stops_the_command_and_tells(tmp_path: Path):
     assert not mark.alive()
 
 
-def test_in_the_foreground_at_the_address_of_the_settings(tmp_path: Path):
-    mark, port = Mark(), free_port()
+def test_in_the_foreground_at_the_address_of_the_settings(tmp_path: Path, mark: Mark):
+    port = free_port()
     flags = ["--demo", "--results", tmp_path / "r", "--api-base", f"http://127.0.0.1:{port}/v1"]
     process = serve(mark, *flags)
     end = time.monotonic() + 30
@@ -144,10 +141,9 @@ def test_addresses_that_cannot_be_served():
     assert port_of(f"http://localhost:{free}/v1/") == free
 
 
-def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_path: Path):
+def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_path: Path, mark: Mark):
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 28, "num_key_value_heads": 4}))
-    path = {"PATH": with_path(fake_gpus(tmp_path, 8)), "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,6"}
-    mark = Mark(**path)
+    mark.environment |= {"PATH": with_path(fake_gpus(tmp_path, 8)), "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,6"}
     mark.environment["PYTHONPATH"] = f"{fake_vllm(tmp_path)}:{ROOT}"
     flags = ["--model", tmp_path, "--results", tmp_path / "r", "--serve-arguments", "--dtype 'a b'"]
     done = ended(serve(mark, *flags, "--", "true"))
@@ -162,8 +158,7 @@ def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_pat
     assert says_one_line(refused, "28 attention heads", "1, 2, 4") and "server.log" not in refused.stdout
 
 
-def test_vllm_that_cannot_start_tells_the_first_fault_of_its_log(tmp_path: Path):
-    mark = Mark()
+def test_vllm_that_cannot_start_tells_the_first_fault_of_its_log(tmp_path: Path, mark: Mark):
     mark.environment["PYTHONPATH"] = f"{fake_vllm(tmp_path)}:{ROOT}"
     (tmp_path / "error").write_text("CUDA out of memory")
     done = ended(serve(mark, "--model", "m", "--no-demo", "--results", tmp_path / "r", "--", "touch", tmp_path / "ran"))
@@ -173,9 +168,8 @@ def test_vllm_that_cannot_start_tells_the_first_fault_of_its_log(tmp_path: Path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_commands_that_are_none(tmp_path: Path):
+def test_commands_that_are_none(tmp_path: Path, mark: Mark):
     flags = ["--demo", "--results", tmp_path / "r"]
-    mark = Mark()
     assert says_one_line(ended(serve(mark, *flags, "--")), "no command after --")
     assert says_one_line(ended(serve(mark, *flags, "--", "no-such-command")), "no-such-command")
     assert not mark.alive()
