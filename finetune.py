@@ -83,6 +83,8 @@ def read_inputs(settings: Settings, results: Results) -> Inputs:
     finished = results.lora.exists() and results.finished().get("step 4") == made_of
     if not finished:
         of_this_run = {**made_of, "processes of the fine-tuning": processes()}
+        if not results.lora.exists() and not list(results.checkpoints.glob("*/whole")):
+            results.forget(of_this_run)  # a run that came to nothing binds nobody
         results.settle(4, {name: (4, value) for name, value in of_this_run.items()}, since=4)
     origins = list(results.read_lines(results.sft_origins, "step3_gen_a.py")) if results.sft_origins.exists() else []
     if [row.get("question") for row in origins] != [question for question, _ in pairs]:
@@ -121,10 +123,10 @@ def encode(encoder: Encoder, inputs: Inputs) -> tuple[list[Example], list[Exampl
     lengths = [len(example.input_ids) for example in examples + held_out]
     cut, lost = sum(example.cut for example in examples + held_out), encoded.count(None)
     if not examples:
-        raise UserError(f"no pair is left to train on: --max-tokens {encoder.max_tokens} has no room for an answer")
+        raise UserError(f"no pair is left to train on: {encoder.max_tokens} tokens have no room for an answer")
     tell(
         f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} a pair, longest {max(lengths):,}; "
-        f"{cut:,} answers cut at --max-tokens {encoder.max_tokens:,}"
+        f"{cut:,} answers cut at {encoder.max_tokens:,}"
         + (f"; {lost:,} pairs left out, whose questions alone are as long" if lost else "")
     )
     return examples, held_out

@@ -57,7 +57,7 @@ class Encoder:
 
 
 def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, max_tokens: int) -> tuple[Encoder, str]:
-    """The encoder for a base model's tokenizer, and a warning or nothing.
+    """The encoder for a base model's tokenizer, for no more tokens than the model can hold; a warning or nothing.
 
     Raises UserError when the tokenizer has no chat template, or one that cannot hold a question and an answer.
     """
@@ -81,17 +81,22 @@ def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, ma
             "the chat template opens an answer to come otherwise than one that is there; "
             "the model is trained on the latter"
         )
+    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
     ends = [tokenizer.eos_token_id]
-    for kind in (transformers.GenerationConfig, transformers.AutoConfig):
-        try:
-            stops = kind.from_pretrained(base).eos_token_id
-        except OSError:  # there is no such file
-            continue
+    for stops in (config.eos_token_id, _stops_of_generation(base)):
         ends += stops if isinstance(stops, list) else [stops]
     known = frozenset(end for end in ends if end is not None)
     if not known:
         raise UserError(f"neither the tokenizer nor the model in {base} has an end token; set eos_token")
-    return Encoder(tokenizer, known, max_tokens), warning
+    positions = getattr(config, "max_position_embeddings", None) or max_tokens
+    return Encoder(tokenizer, known, min(max_tokens, positions)), warning
+
+
+def _stops_of_generation(base: Path) -> int | list[int] | None:
+    try:
+        return transformers.GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:  # there is no such file
+        return None
 
 
 def hold_out(number: int, share: float, origins: Sequence[dict[str, Any]], seed: int) -> tuple[list[int], str]:

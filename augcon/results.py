@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -86,6 +86,11 @@ class Results:
         """
         mine = {name: value for name, (first, value) in made_with.items() if since <= first <= step}
         self.write_json(self.record, {**self.check(mine), **mine})
+
+    def forget(self, names: Collection[str]) -> None:
+        """Takes names out of the record, where nothing has been made with them."""
+        kept = self.read_json(self.record) if self.record.exists() else {}
+        self.write_json(self.record, {name: value for name, value in kept.items() if name not in names})
 
     def check(self, mine: dict[str, Any]) -> dict[str, Any]:
         """What the folder was made with. Raises UserError where ``mine`` differs from it."""

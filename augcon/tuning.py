@@ -118,7 +118,9 @@ def tune(
             "fine-tuning needs more memory than the GPU has; lower --max-tokens or --batch, or use --quantize nf4"
         ) from error
     if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
-        raise UserError(f"the model's numbers ran away; lower --learning-rate {rules.learning_rate}")
+        raise UserError(
+            f"the model's numbers ran away; remove {checkpoints} and lower --learning-rate {rules.learning_rate}"
+        )
     tokens = sum(lengths) * watch.steps / steps_an_epoch / ranks.processes()
     tokens_per_second = tokens / max(watch.seconds, 1e-9)
     return Tuned(

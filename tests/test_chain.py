@@ -144,8 +144,10 @@ def test_killed_between_checkpoints_it_ends_with_the_same_losses(base: Path, tmp
 
 def test_a_single_pair_will_do_and_its_end_is_cut_where_there_is_no_room(base: Path, tmp_path: Path):
     results = write_pairs(tmp_path, PAIRS[:1])
+    too_short = run("finetune.py", "--results", results, "--model", base, "--epochs", 2, "--max-tokens", 16)
+    assert says_one_line(too_short, "no pair is left")  # and nobody is bound to these settings
     done = run("finetune.py", "--results", results, "--model", base, "--epochs", 2, "--max-tokens", 60)
     assert done.returncode == 0, done.stderr
-    assert "1 pairs, 0 of them held out" in done.stdout and "1 answers cut at --max-tokens 60" in done.stdout
+    assert "1 pairs, 0 of them held out" in done.stdout and "1 answers cut at 60" in done.stdout
     assert json.loads((results / "LoRA" / "trained_with.json").read_text())["quantize"] == "none"
     assert len(losses(results)) == 2

@@ -132,6 +132,13 @@ def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path):
     assert encoder(QUESTION, ANSWER).input_ids[-1] == eot and not warning
 
 
+def test_no_pair_is_longer_than_the_model_can_hold(tmp_path: Path):
+    transformers.LlamaConfig(vocab_size=600, max_position_embeddings=40).save_pretrained(tmp_path)
+    encoder, _ = load_encoder(make_tokenizer(CHATML), tmp_path, 1000)
+    assert len(encoder(QUESTION, ANSWER * 9).input_ids) == 40
+    assert load_encoder(make_tokenizer(CHATML), tmp_path, 30)[0].max_tokens == 30
+
+
 def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
     encoder, warning = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
