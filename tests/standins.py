@@ -89,8 +89,8 @@ class Mark:
         return [" ".join(command) for command in self._commands().values()]
 
     def pid(self, word: str) -> int:
-        """The one of them that has this word in its command line."""
-        (pid,) = [pid for pid, command in self._commands().items() if word in command]
+        """The one of them that runs this script or module."""
+        (pid,) = [pid for pid, line in self._commands().items() if any(part.endswith(word) for part in line[:4])]
         return pid
 
     def _commands(self) -> dict[int, list[str]]:

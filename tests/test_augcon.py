@@ -16,6 +16,7 @@ from conftest import ROOT, demo_engine, says_one_line
 from standins import Mark, wait_for
 
 AUGCON = ["bash", str(ROOT / "augcon.sh")]
+FEW = ["--negatives", 60]  # pairs for the scorer, so that it learns in seconds
 NOTHING_TO_DO = "The SFT data is in "
 
 
@@ -67,7 +68,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The results of a run on that corpus, and what it said."""
     folder, mark = tmp_path_factory.mktemp("small run"), Mark()
-    done = run(mark, folder, "--corpus", corpus, "--results", "my results")
+    done = run(mark, folder, "--corpus", corpus, "--results", "my results", *FEW)
     left = mark.alive()
     mark.end()
     assert done.returncode == 0 and not left, done.stderr
@@ -98,7 +99,7 @@ def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp
 @pytest.mark.slow
 def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Path, str], tmp_path: Path, mark: Mark):
     engine = demo_engine(latency=0.1)
-    flags = ["--corpus", corpus, "--results", "r", "--api-base", engine.api, "--max-in-flight", 8]
+    flags = ["--corpus", corpus, "--results", "r", *FEW, "--api-base", engine.api, "--max-in-flight", 8]
     asked = 0
     for step, sign, kill in (
         ("== Step 1", "trees", lambda process, mark: process.kill()),
@@ -128,18 +129,13 @@ def test_killed_in_every_step_with_a_given_server(corpus: Path, small: tuple[Pat
 
 
 @pytest.mark.slow
-def test_a_step_whose_file_is_gone_is_run_again_alone(
-    small: tuple[Path, str], corpus: Path, tmp_path: Path, mark: Mark
-):
-    results = tmp_path / "r"
-    shutil.copytree(small[0], results)
+def test_a_step_whose_file_is_gone_is_run_again_alone(small: tuple[Path, str], corpus: Path, mark: Mark):
+    results, pairs, calls = small[0], data(small[0]), calls_kept(small[0])
     shutil.rmtree(results / "sft_data")
-    mark.environment["AUGCON_SCORER_MODEL"] = json.loads((results / "settings.json").read_text())["scorer_model"]
-    calls = calls_kept(results)
-    done = run(mark, tmp_path, "--corpus", corpus, "--results", "r")
+    done = run(mark, results.parent, "--corpus", corpus, "--results", results.name, *FEW)
     assert done.returncode == 0, done.stderr
     assert "== Step 3" in done.stdout and done.stdout.count("== Step") == 1
-    assert calls_kept(results) == calls and data(results) == data(small[0])
+    assert calls_kept(results) == calls and data(results) == pairs
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path, mark: Mark):
