@@ -30,6 +30,7 @@ import transformers  # noqa: E402
 
 from augcon import progress  # noqa: E402
 from augcon.errors import UserError, one_line  # noqa: E402
+from augcon.gpus import visible_gpus  # noqa: E402
 from augcon.ranks import is_main, on_main, processes, wait_for_all, waiting_room  # noqa: E402
 
 Quantization = Literal["auto", "nf4", "none"]
@@ -38,7 +39,15 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def start_processes() -> None:
-    """Joins the other processes of this run, if any, each on a GPU of its own; call it before anything else here."""
+    """Joins the other processes of this run, if any, each on a GPU of its own; call it before anything else here.
+
+    Raises UserError where there are GPUs that PyTorch cannot use: on the CPU a large model would take for ever.
+    """
+    if not torch.cuda.is_available() and (gpus := visible_gpus()):
+        raise UserError(
+            f"there are {len(gpus)} GPUs, but PyTorch {torch.__version__} cannot use them ({_why_no_gpu()}); update "
+            "the NVIDIA driver, or PyTorch with bash install.sh, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
+        )
     import deepspeed  # slow, and noisy where there is no GPU
 
     transformers.logging.set_verbosity_error()
@@ -61,6 +70,14 @@ def start_processes() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would compile C++ on the spot
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     waiting_room()
+
+
+def _why_no_gpu() -> str:
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # an old driver; a build of PyTorch without CUDA
+        return one_line(error, 120)
+    return "it does not say why"
 
 
 def device() -> torch.device:
@@ -135,7 +152,7 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
         )
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"model {model!r} does not fit in the GPU's memory; use a smaller one") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"model {model!r} cannot be loaded: {one_line(error)}") from error
     return with_gradients(loaded)
 

@@ -43,6 +43,8 @@ class Tuned:
 
 def load_model(base: Path, quantize: training.Quantization, name: str, seed: int) -> PeftModel:
     """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained."""
+    if getattr(transformers.AutoConfig.from_pretrained(base), "quantization_config", None):
+        raise UserError(f"model {name!r} is quantised on disk, and no adapter can be merged; use what it was made from")
     transformers.set_seed(seed)  # the adapter starts random
     model = training.load_base(transformers.AutoModelForCausalLM, str(base), quantize)
     model.config.use_cache = False
@@ -73,11 +75,10 @@ def tune(
     """
     datasets.disable_progress_bars()
     apart = stays_apart(model)
-    rows = as_dataset(examples).shuffle(seed=rules.seed)
     lengths = [len(example.input_ids) for example in examples]
     # As long as the pairs of one step are together on average: the same number of tokens in every step.
-    length = max(*lengths, math.ceil(rules.batch * sum(lengths) / len(lengths)), 2)
-    packed = pack_dataset(rows, length) if apart else rows
+    length = max(2, math.ceil(rules.batch * sum(lengths) / len(lengths)))
+    packed = pack(examples, length, rules.seed) if apart else as_dataset(examples)
     batch = 1 if apart else rules.batch
     steps_an_epoch = math.ceil(len(packed) / (batch * ranks.processes()))
     last = training.last_checkpoint(checkpoints, made_of)
@@ -94,7 +95,7 @@ def tune(
         model,
         SFTConfig(
             **arguments,
-            max_length=length,
+            max_length=max(length, *lengths),
             packing=apart,
             eval_packing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
@@ -127,8 +128,8 @@ def tune(
         log=trainer.state.log_history,
         tokens_per_second=tokens_per_second,
         packing=(
-            f"{len(examples):,} pairs in {len(packed):,} packs of at most {length:,} tokens, "
-            f"{sum(lengths) / (len(packed) * length):.0%} full"
+            f"{len(examples):,} pairs in {len(packed):,} packs of at most {length:,} tokens, longer pairs alone, "
+            f"{sum(lengths) / sum(max(length, sum(parts)) for parts in packed['seq_lengths']):.0%} full"
             if apart
             else f"none, {rules.batch} pairs side by side, for this model's attention looks across packs"
         ),
@@ -137,6 +138,18 @@ def tune(
             f"{tokens_per_second:,.0f} tokens/s a process, {training.peak_memory()}"
         ),
     )
+
+
+def pack(examples: Sequence[Example], room: int, seed: int) -> datasets.Dataset:
+    """Examples in packs of at most ``room`` tokens. A longer one is a pack alone: were all packs as long as the longest
+    example, a step would learn from many more pairs than it should.
+    """
+    packs = []
+    if short := [example for example in examples if len(example.input_ids) <= room]:
+        packs.append(pack_dataset(as_dataset(short).shuffle(seed=seed), room))
+    if long := [example for example in examples if len(example.input_ids) > room]:
+        packs.append(as_dataset(long).add_column("seq_lengths", [[len(example.input_ids)] for example in long]))
+    return datasets.concatenate_datasets([part.cast(packs[-1].features) for part in packs])
 
 
 def as_dataset(examples: Sequence[Example]) -> datasets.Dataset:

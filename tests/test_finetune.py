@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 from conftest import run, says_one_line
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from standins import fake_gpus, with_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon import training, tuning
@@ -199,6 +200,18 @@ def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attenti
     assert tuning.stays_apart(model)
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(2, 30))
+@settings(max_examples=20)
+def test_a_long_pair_is_a_pack_alone_and_does_not_make_the_others_longer(lengths: list[int], room: int):
+    examples = [Example([n] * length, [n] * length) for n, length in enumerate(lengths)]
+    packs = tuning.pack(examples, room, seed=1)
+    assert sorted(n for row in packs["input_ids"] for n in row) == sorted(n for e in examples for n in e.input_ids)
+    assert list(packs["labels"]) == list(packs["input_ids"])
+    for row, parts in zip(packs["input_ids"], packs["seq_lengths"], strict=True):
+        assert sum(parts) == len(row) and (len(row) <= room or len(parts) == 1)
+        assert [lengths[n] for n in dict.fromkeys(row)] == parts
+
+
 def test_a_model_that_looks_across_packs_is_found_out():
     class Leaky(torch.nn.Module):
         def __init__(self) -> None:
@@ -237,6 +250,22 @@ def test_a_mixture_of_experts_that_could_not_be_merged_is_refused_at_once(tmp_pa
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="experts"):
         tuning.load_model(tmp_path, "none", "moe", seed=1)
+
+
+def test_a_base_that_is_quantised_on_disk_is_refused_at_once(tmp_path: Path):
+    make_model("Llama").save_pretrained(tmp_path / "plain")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    load(tmp_path / "plain", quantization_config=training.quantization("nf4")).save_pretrained(tmp_path / "nf4")
+    with pytest.raises(UserError, match="quantised on disk"):
+        tuning.load_model(tmp_path / "nf4", "nf4", "nf4", seed=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use the GPUs here")
+def test_gpus_that_pytorch_cannot_use_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", with_path(fake_gpus(tmp_path, 2)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(UserError, match=r"2 GPUs, but PyTorch .* cannot use them \(.+\)"):
+        training.start_processes()
 
 
 def rows_of(sizes: list[int], name: str = "article") -> list[dict[str, int]]:
