@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 
+from augcon.errors import UserError
+
 SLACK = 512  # MiB by which the memory in use may differ from before
 
 
@@ -24,6 +26,15 @@ def visible_gpus() -> list[str]:
             break  # CUDA too goes no further than the first name it does not know
         chosen.append(found[0])
     return chosen
+
+
+def check_numbers() -> None:
+    """Raises UserError where CUDA_VISIBLE_DEVICES has other names than numbers: deepspeed's launcher reads no other."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if names and not all(name.strip().lstrip("-").isdigit() for name in names.split(",")):
+        number = {uuid: index for index, uuid in _query("index", "uuid")}
+        here = ",".join(number[uuid] for uuid in visible_gpus()) or "0,1"
+        raise UserError(f"CUDA_VISIBLE_DEVICES={names}: deepspeed wants the numbers of the GPUs, such as {here}")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from augcon.errors import UserError, stage
-from augcon.gpus import visible_gpus
+from augcon.gpus import check_numbers, visible_gpus
 from augcon.results import Results
 from augcon.server import free_port
 from config import Settings, load_settings
@@ -23,6 +23,7 @@ def main() -> None:
     if question == "port":
         print(free_port())
     elif question == "way":
+        check_numbers()
         print(way(load_settings(__doc__), len(visible_gpus())))
     else:
         print(check_and_plan(load_settings(__doc__)))
