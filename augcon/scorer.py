@@ -83,7 +83,7 @@ def load_scorer(
     transformers.set_seed(seed)  # the head starts random, the same in every process
     kind = transformers.AutoModelForSequenceClassification
     model = training.load_base(kind, base, quantize, num_labels=1)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
+    if type(getattr(model, "score", None)) is not torch.nn.Linear or model.score.bias is not None:
         raise UserError(f"model {base!r} ({type(model).__name__}) is no decoder with a scoring head; use another base")
     model.score.__class__ = _Head
     model.config.pad_token_id = encoder.tokenizer.pad_token_id  # where the last token of a row is found
@@ -205,10 +205,13 @@ def train(
 
 @torch.inference_mode()
 def score(model: peft.PeftModel, encoder: Encoder, rows: Sequence[Tokens]) -> list[float]:
-    """The scores of one batch. Raises UserError where they are no numbers."""
+    """The scores of one batch. Raises UserError where they are no numbers, or the batch does not fit in memory."""
     model.eval()
     batch = {name: tensor.to(training.device()) for name, tensor in encoder.padded(rows).items()}
-    scores = model(**batch).logits.squeeze(-1).tolist()
+    try:
+        scores = model(**batch).logits.squeeze(-1).tolist()
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError("scoring needs more memory than the GPU has; use a smaller --scorer-model") from error
     if not all(map(math.isfinite, scores)):
         raise UserError("the scorer gives what is no number; remove its folder and train it with a lower learning rate")
     return scores

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from standins import Mark, fake_gpus, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
-from augcon.gpus import visible_gpus
+from augcon.gpus import check_numbers, visible_gpus
 from augcon.server import Parallel, attention_heads, parallel, port_of
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
@@ -219,5 +219,12 @@ def test_the_gpus_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for chosen, count in {"": 0, "1": 1, "2,0": 2, "GPU-stand-in-1": 1, "0,9,1": 1, "-1": 0}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         assert len(visible_gpus()) == count, chosen
+    for chosen in ("", "1", "2,0", "0, 1", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        check_numbers()
+    for chosen, numbers in {"GPU-stand-in-2,GPU-stand-in-0": "2,0", "MIG-1": "0,1", "1,GPU-stand-in-0": "1,0"}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        with pytest.raises(UserError, match=f"such as {numbers}$"):
+            check_numbers()
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # a driver that does not answer
     assert visible_gpus() == []
