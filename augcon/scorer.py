@@ -21,6 +21,8 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from augcon import ranks, training
 from augcon.errors import UserError, one_line
@@ -85,17 +87,29 @@ def load_scorer(
     model = training.load_base(kind, base, quantize, num_labels=1)
     if type(getattr(model, "score", None)) is not torch.nn.Linear or model.score.bias is not None:
         raise UserError(f"model {base!r} ({type(model).__name__}) is no decoder with a scoring head; use another base")
-    model.score.__class__ = _Head
-    model.config.pad_token_id = encoder.tokenizer.pad_token_id  # where the last token of a row is found
-    model.config.use_cache = False
-    if saved is None:
-        return peft.get_peft_model(model, training.lora("SEQ_CLS"), autocast_adapter_dtype=False)
     try:
-        return peft.PeftModel.from_pretrained(model, saved, autocast_adapter_dtype=False).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        return make_scorer(model, encoder, saved)
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"the scorer in {saved} cannot be loaded ({one_line(error)}); remove it and train anew"
         ) from error
+
+
+def make_scorer(model: Any, encoder: Encoder, saved: Path | None = None) -> peft.PeftModel:
+    """A sequence classifier of Transformers, with the adapter and head ``saved`` or new ones."""
+    model.score.__class__ = _Head
+    model.config.pad_token_id = encoder.tokenizer.pad_token_id  # where the last token of a row is found
+    model.config.use_cache = False
+    scorer = peft.get_peft_model(model, training.lora("SEQ_CLS"), autocast_adapter_dtype=False)
+    for weights in scorer.parameters():
+        if weights.requires_grad:  # as the training keeps them, so that what is saved comes back to the last digit
+            weights.data = weights.data.to(torch.bfloat16 if training.can_bf16() else torch.float32)
+    if saved is not None:
+        tensors = load_file(saved / "adapter_model.safetensors")
+        if set(tensors) != set(peft.get_peft_model_state_dict(scorer)):
+            raise ValueError("its tensors are not those of this base's adapter")
+        peft.set_peft_model_state_dict(scorer, tensors)
+    return scorer
 
 
 def pair_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
@@ -107,8 +121,8 @@ def pair_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
 def hold_out(pairs: Sequence[ScorerPair], article_of: dict[int, int], seed: int) -> tuple[list[ScorerPair], str]:
     """About a tenth of the pairs to test on, by whole articles, and in words what they are.
 
-    Never more than half of the pairs unless one article has them. Where all are of one article, by root
-    context; where all are of one root context, none.
+    Never more than half of the pairs. Where all are of one article, by root context; where all are of one root
+    context, none.
     """
     for unit, of in (("article", lambda pair: article_of.get(pair.root, -1)), ("root context", lambda pair: pair.root)):
         sizes = Counter(map(of, pairs))

@@ -8,8 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from augcon import scorer, training
+from augcon.errors import UserError
 from augcon.pairs import NEGATIVES, ScorerPair
 from augcon.scores import KeptScores, key
 from augcon.tiny_model import FAMILIES, make_tiny_model
@@ -97,6 +99,18 @@ def test_a_saved_scorer_gives_the_same_scores(base: str, tmp_path: Path):
     assert scorer.score(again, encode, rows) == scorer.score(model, encode, rows)
 
 
+def test_a_damaged_scorer_or_one_of_another_shape_is_refused(base: str, tmp_path: Path):
+    encode = encoder(base)
+    scorer.save(trained(base), tmp_path / "scorer", {})
+    weights = tmp_path / "scorer" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor for name, tensor in tensors.items() if "score" not in name}, weights)
+    for damage in (lambda: None, lambda: weights.write_bytes(b"torn"), weights.unlink):
+        damage()
+        with pytest.raises(UserError, match="cannot be loaded"):
+            scorer.load_scorer(base, encode, 1, tmp_path / "scorer", "none")
+
+
 def test_the_head_and_all_linear_layers_learn_and_the_head_computes_in_fp32(base: str):
     model = scorer.load_scorer(base, encoder(base), 1, quantize="none").to(torch.bfloat16)
     learning = {name for name, weights in model.named_parameters() if weights.requires_grad}
@@ -138,7 +152,7 @@ def test_held_out_pairs_share_no_article_with_the_others(roots: list[int], artic
     pairs = some_pairs(roots)
     held, words = scorer.hold_out(pairs, article_of, seed)
     rest = [pair for pair in pairs if pair not in held]
-    assert rest, "something is left to learn from"
+    assert len(held) <= len(pairs) / 2, "most is left to learn from"
     articles = {article_of.get(root, -1) for root in roots}
     unit = (lambda pair: article_of.get(pair.root, -1)) if len(articles) > 1 else (lambda pair: pair.root)
     assert not set(map(unit, held)) & set(map(unit, rest))
