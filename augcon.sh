@@ -86,6 +86,9 @@ while true; do
     echo "== $((SECONDS - began)) s"
 done
 
+base=""
+if [ "$server" = demo ]; then base=" --model $results/tiny_model"; fi
 echo
-echo "The SFT data is in $results/sft_data. To tune the model on it, with the same flags:"
-echo "  deepspeed finetune.py && python merge.py"
+echo "The SFT data is in $results/sft_data. What comes next, with the flags of this run:"
+if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then echo "  source $home/.venv/bin/activate"; fi
+echo "  deepspeed finetune.py$base"

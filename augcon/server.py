@@ -92,7 +92,7 @@ def require_vllm() -> None:
     if not importlib.util.find_spec("vllm"):
         raise UserError(
             "vLLM is not installed; with NVIDIA GPUs `bash install.sh` installs it, without them "
-            "the demonstration engine (--demo) can stand in"
+            "`bash install.sh --tests` a third party's build for the CPU; or let --demo stand in"
         )
 
 

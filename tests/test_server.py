@@ -131,6 +131,15 @@ def test_in_the_foreground_at_the_address_of_the_settings(tmp_path: Path, mark: 
     assert not mark.alive()
 
 
+def test_the_server_ends_with_a_serve_py_that_is_killed(tmp_path: Path, mark: Mark):
+    command, noted = lasting(tmp_path)
+    process = serve(mark, "--demo", "--results", tmp_path / "r", "--", *command[:-1])
+    wait_for(Path(f"{noted}.child"))
+    process.kill()
+    assert ended(process).returncode == -signal.SIGKILL
+    assert mark.all_end()
+
+
 def test_addresses_that_cannot_be_served():
     for address in ("https://127.0.0.1:8000/v1", "http://example.org/v1", "http://0.0.0.0:8000/v1"):
         with pytest.raises(UserError, match="on this machine only"):
