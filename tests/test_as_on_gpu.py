@@ -1,0 +1,77 @@
+"""What training does only on a GPU, done on the CPU: bf16 under DeepSpeed, an NF4 base, gradient checkpointing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, clean_environment
+
+from augcon.tiny_model import make_tiny_model
+
+CONTEXT, QUESTION, ANSWER = "面包店早上七点开门，因为工人要吃早饭。", "面包店几点开门？", "七点开门。"
+TRAIN = """
+import json, sys
+from pathlib import Path
+from augcon import training
+
+training.can_bf16 = lambda: True
+arguments = training.common_arguments
+training.common_arguments = lambda *a, **b: arguments(*a, **b) | {"gradient_checkpointing": True, "logging_steps": 1}
+training.start_processes()
+from augcon import scorer, tuning
+from augcon.masking import load_encoder
+from augcon.pairs import NEGATIVES, ScorerPair
+
+base, folder, context, question, answer = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
+tokenizer = training.load_tokenizer(str(base))
+said = {}
+
+def kinds(model):
+    return sorted({
+        f"{'trained' if w.requires_grad else type(w).__name__} {w.dtype}" for n, w in model.named_parameters()
+        if "lora" in n or "score" in n or "proj.base_layer.weight" in n
+    })
+
+encoder = scorer.Encoder(tokenizer, 512)
+pairs = [ScorerPair(context * (1 + n % 3), question, "好吗？", next(iter(NEGATIVES)), n) for n in range(16)]
+model = scorer.load_scorer(str(base), encoder, 1, quantize="nf4")
+before = scorer.accuracy(model, encoder, pairs)  # a pass without gradients must not spoil those to come
+scorer.train(model, encoder, pairs, scorer.TrainingRules(2, 4, 3e-3, 1), folder / "scorer", {})
+said["scorer"] = kinds(model)
+said["accuracy"] = scorer.accuracy(model, encoder, pairs)["all"]
+scorer.save(model, folder / "saved", {})
+rows = encoder([(pair.context, pair.pos_query) for pair in pairs[:3]])
+again = scorer.load_scorer(str(base), encoder, 2, folder / "saved", "nf4")
+said["scores"] = [scorer.score(which, encoder, rows) for which in (model, again)]
+
+encode, _ = load_encoder(tokenizer, base, 512)
+examples = [encode(question, answer * (20 if n == 3 else 1 + n % 3)) for n in range(16)]
+model = tuning.load_model(base, "nf4", "tiny", 1)
+tuned = tuning.tune(model, tokenizer, examples[2:], examples[:2], tuning.TuningRules(2, 4, 3e-3, 1), folder / "c", {})
+said["tuned"] = kinds(model)
+said["held out"] = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
+(folder / "said.json").write_text(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_scorer_and_tuning_learn_in_bf16_over_nf4_with_checkpointed_gradients(tmp_path: Path):
+    make_tiny_model(tmp_path / "base", [CONTEXT, QUESTION, ANSWER])
+    command = [sys.executable, "-c", TRAIN, tmp_path / "base", tmp_path, CONTEXT, QUESTION, ANSWER]
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        list(map(str, command)), cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads((tmp_path / "said.json").read_text())
+    assert said["scorer"] == ["Parameter torch.bfloat16", "Params4bit torch.uint8", "trained torch.bfloat16"]
+    assert said["tuned"] == ["Params4bit torch.uint8", "trained torch.bfloat16"]
+    assert said["accuracy"] == 1 and said["scores"][0] == said["scores"][1]
+    assert said["held out"][-1] < 0.9 * said["held out"][0]
+    kept = [torch.load(path, weights_only=False)["module"] for path in tmp_path.glob("*/checkpoint-*/*/mp_rank*")]
+    assert len(kept) == 4, "an epoch each"
+    whole = [name for names in kept for name in names if name.endswith(".weight") and "lora_" not in name]
+    assert all("score" in name for name in whole), "no weight of the base is in a checkpoint"
