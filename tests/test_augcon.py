@@ -1,6 +1,7 @@
 """The whole command, `bash augcon.sh`, as a process."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -136,6 +137,31 @@ def test_a_step_whose_file_is_gone_is_run_again_alone(small: tuple[Path, str], c
     assert done.returncode == 0, done.stderr
     assert "== Step 3" in done.stdout and done.stdout.count("== Step") == 1
     assert calls_kept(results) == calls and data(results) == pairs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
+def test_all_steps_with_a_real_vllm(tmp_path: Path, mark: Mark):
+    """A model of random weights that ends often: its noise passes for questions, grades and answers."""
+    from augcon.tiny_model import make_tiny_model
+
+    model = tmp_path / "tiny"
+    make_tiny_model(model, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
+    generation = json.loads((model / "generation_config.json").read_text())
+    generation["eos_token_id"] = [generation["eos_token_id"], *range(600, 1000)]
+    (model / "generation_config.json").write_text(json.dumps(generation))
+    texts = [
+        "社区食堂在午间十二点开门，二十个座位常常坐满。老人刷卡，一荤两素八元钱。厨师说，菜价每周一调整。",
+        "街口的修鞋摊摆了二十年。摊主说，换一次鞋跟十五元，等上半小时就能取走。",
+    ]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"article": text}) + "\n" for text in texts))
+    flags = ["--no-demo", "--model", model, "--corpus", "c.jsonl", "--structured-output", "--max-length", 40]
+    flags += ["--max-passes", 2, "--negatives", 20, "--demonstrations", 2, "--candidates", 2, "--max-refills", 0]
+    done = run(mark, tmp_path, *flags, "--answer-max-tokens", 200, "--scorer-epochs", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f"starting vLLM with {model} on the CPU") == 2 and "DEMONSTRATION" not in done.stdout
+    assert data(tmp_path / "results")
+    assert not mark.alive()
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path, mark: Mark):
