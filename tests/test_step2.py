@@ -18,7 +18,7 @@ from augcon.diversity import DiverseQueries
 from augcon.pairs import NEGATIVES
 from augcon.tiny_model import make_tiny_model
 
-LEARN = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3")
+FLAGS = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3", "--max-refills", 2)
 MADE = ("scores.jsonl", "filtered_queries.json", "finished.json")
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
@@ -78,7 +78,7 @@ def bundled(questions: Path, base: Path, tmp_path_factory: pytest.TempPathFactor
     """Results and output of step 2 on the bundled corpus, as two processes."""
     results = tmp_path_factory.mktemp("step2") / "results"
     shutil.copytree(questions, results)
-    done = two_ranks("--results", results, "--scorer-model", base, *LEARN)
+    done = two_ranks("--results", results, "--scorer-model", base, *FLAGS)
     assert done.returncode == 0, done.stderr
     return results, done.stdout
 
@@ -136,7 +136,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
     for listed in queries.values():
         listed[:0] = [[listed[0][0], question] for question in planted]
     write(results / "queries.json", queries)
-    again = run("step2_scorer.py", "--results", results, "--scorer-model", base, *LEARN, "--score-only")
+    again = run("step2_scorer.py", "--results", results, "--scorer-model", base, *FLAGS, "--score-only")
     assert again.returncode == 0 and "trained:" not in again.stdout, again.stderr
     rows = lines(results / "scores.jsonl")
     for row in rows:
@@ -153,7 +153,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
 
 
 @pytest.mark.slow
-def test_short_roots_go_back_to_step_1_once_and_a_further_run_changes_nothing(
+def test_short_roots_go_back_to_step_1_until_that_was_done_often_enough(
     bundled: tuple[Path, str], base: Path, tmp_path: Path
 ):
     results = tmp_path / "r"
@@ -162,7 +162,7 @@ def test_short_roots_go_back_to_step_1_once_and_a_further_run_changes_nothing(
     for number in (3, 7):
         contexts[number]["quota"] = 1000
     (results / "contexts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contexts))
-    flags = ("--results", results, "--scorer-model", base, *LEARN)
+    flags = ("--results", results, "--scorer-model", base, *FLAGS)
     first = run("step2_scorer.py", *flags)
     assert "as trained before" in first.stdout and "2 go back to step 1" in first.stdout, first.stderr
     assert "scored:" not in first.stdout, "every score is there already"
@@ -172,15 +172,16 @@ def test_short_roots_go_back_to_step_1_once_and_a_further_run_changes_nothing(
     assert run("step2_scorer.py", *flags).returncode == 0
     assert made(results) == before and read(results / "refills.json") == [[3, 7]]
 
-    # Step 1 has grown the round, and one query is new.
+    # Step 1 has grown two rounds meanwhile, and one query is new.
     queries = read(results / "queries.json")
     queries["3"].append([queries["3"][0][0], "为什么要等到明年才能拿完，风险又起了什么作用？"])
     write(results / "queries.json", queries)
-    write(results / "finished.json", {"step 1": {"refills": 1}})
+    write(results / "refills.json", [[3, 7], [7]])
+    write(results / "finished.json", {"step 1": {"refills": 2}})
     last = run("step2_scorer.py", *flags)
-    assert "scored:  1 queries" in last.stdout and "2 stay short of it after 1 refills" in last.stdout
-    assert read(results / "refills.json") == [[3, 7]]
-    assert read(results / "finished.json")["step 2"] == {"refills": 1, "ordered": 1}
+    assert "scored:  1 queries" in last.stdout and "2 stay short of it after 2 refills" in last.stdout, last.stderr
+    assert read(results / "refills.json") == [[3, 7], [7]]
+    assert read(results / "finished.json")["step 2"] == {"refills": 2, "ordered": 2}
 
 
 def killed(flags: tuple, when: Path, pattern: str, rows: int = 1) -> None:
