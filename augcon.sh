@@ -50,7 +50,8 @@ if [ "$scorer" = tiny ]; then
         echo "warning: no GPU to train the scorer on; a tiny random one ranks poorly, so name a small model with --scorer-model" >&2
     export AUGCON_SCORER_MODEL="$results/tiny_model"
     export AUGCON_SCORER_EPOCHS="${AUGCON_SCORER_EPOCHS:-1}"
-    export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-2e-3}"
+    export AUGCON_SCORER_BATCH="${AUGCON_SCORER_BATCH:-8}"
+    export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-3e-3}"
 fi
 
 before=""
