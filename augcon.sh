@@ -48,7 +48,8 @@ fi
 if [ "$scorer" = tiny ]; then
     [ "$server" = demo ] ||
         echo "warning: no GPU to train the scorer on; a tiny random one ranks poorly, so name a small model with --scorer-model" >&2
-    export AUGCON_SCORER_MODEL="$results/tiny_model"
+    AUGCON_SCORER_MODEL="$(realpath -m -- "$results")/tiny_model" # from wherever it is called
+    export AUGCON_SCORER_MODEL
     export AUGCON_SCORER_EPOCHS="${AUGCON_SCORER_EPOCHS:-1}"
     export AUGCON_SCORER_BATCH="${AUGCON_SCORER_BATCH:-8}"
     export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-3e-3}"
@@ -73,7 +74,7 @@ while true; do
         2)
             echo "== Step 2: scorer, rank and filter"
             if [ "$scorer" = tiny ] && [ ! -e "$AUGCON_SCORER_MODEL" ]; then
-                python -P -m augcon.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null 2>&1
+                python -P -m augcon.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null
                 mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
             fi
             port="$(ask port)"
@@ -87,9 +88,9 @@ while true; do
     echo "== $((SECONDS - began)) s"
 done
 
-base=""
-if [ "$server" = demo ]; then base=" --model $results/tiny_model"; fi
+next=(deepspeed finetune.py "$@")
+if [ "$server" = demo ]; then next+=(--model "$results/tiny_model" --epochs 1); fi
 echo
-echo "The SFT data is in $results/sft_data. What comes next, with the flags of this run:"
+echo "The SFT data is in $results/sft_data. What comes next, in the folder of the project:"
 if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then echo "  source $home/.venv/bin/activate"; fi
-echo "  deepspeed finetune.py$base"
+echo " $(printf ' %q' "${next[@]}")"

@@ -179,7 +179,7 @@ class Settings(BaseSettings):
     quantize: Literal["auto", "nf4", "none"] = outcome(
         4,
         "auto",
-        "the base in training: 4-bit NF4 or plain 16-bit; auto: nf4 where there is a GPU. merge.py reads what it was",
+        "the base in training: 4-bit NF4 or plain; auto: nf4 on a GPU with bf16. merge.py reads what it was",
     )
 
     # Merging
@@ -218,8 +218,8 @@ class Settings(BaseSettings):
         """The settings that are not the default, on a few lines; the key is masked."""
         values = ((name, getattr(self, name), field.default) for name, field in type(self).model_fields.items())
         changed = [f"{name}={value}" for name, value, default in values if value != default]
-        rest = "all the others as in --help" if changed else "all as in --help"
-        return textwrap.fill(" ".join([*changed, rest]), 110, initial_indent="settings: ", subsequent_indent="  ")
+        rest = "the others as in --help" if changed else "all as in --help"
+        return textwrap.fill(", ".join([*changed, rest]), 110, initial_indent="settings: ", subsequent_indent="  ")
 
 
 def load_settings(doc: str) -> Settings:

@@ -16,7 +16,7 @@ from typing import Any
 import datasets
 
 from augcon import training, tuning
-from augcon.adapters import TrainedWith, fingerprint, model_folder
+from augcon.adapters import TrainedWith, companions_digest, fingerprint, model_folder
 from augcon.errors import UserError, one_line, stage
 from augcon.masking import Encoder, Example, hold_out, load_encoder
 from augcon.ranks import on_main, one_voice, processes, tell
@@ -74,22 +74,22 @@ def read_inputs(settings: Settings, results: Results) -> Inputs:
         quantize="nf4" if training.quantization(settings.quantize) else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
+    origins = list(results.read_lines(results.sft_origins, "step3_gen_a.py")) if results.sft_origins.exists() else []
+    if [row.get("question") for row in origins] != [question for question, _ in pairs]:
+        origins = []  # of other pairs
+    held_out, how = hold_out(len(pairs), settings.held_out, origins, settings.seed)
     made_of = {name: value for name, (step, value) in settings.made_with().items() if step == 4} | {
         "quantize": trained_with.quantize,
         "seed of the fine-tuning": settings.seed,
         "content of sft_data": digest,
         "content of the base model": trained_with.fingerprint,
+        "content of the base model's tokenizer and settings": companions_digest(base),
+        "content of the held-out pairs": hashlib.sha256(repr(held_out).encode()).hexdigest()[:16],
     }
     finished = results.lora.exists() and results.finished().get("step 4") == made_of
     if not finished:
         of_this_run = {**made_of, "processes of the fine-tuning": processes()}
-        if not results.lora.exists() and not list(results.checkpoints.glob("*/whole")):
-            results.forget(of_this_run)  # a run that came to nothing binds nobody
         results.settle(4, {name: (4, value) for name, value in of_this_run.items()}, since=4)
-    origins = list(results.read_lines(results.sft_origins, "step3_gen_a.py")) if results.sft_origins.exists() else []
-    if [row.get("question") for row in origins] != [question for question, _ in pairs]:
-        origins = []  # of other pairs
-    held_out, how = hold_out(len(pairs), settings.held_out, origins, settings.seed)
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
     print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({how}); {settings.model} {form}")
     return Inputs(pairs, held_out, base, trained_with, made_of, finished)

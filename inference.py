@@ -51,11 +51,12 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
     """The recipe: questions, answers in their order, figures."""
     started = time.monotonic()
     asked, left_out = questions(settings)
-    outputs = Path(settings.outputs) if settings.outputs else results.outputs
+    outputs = place_of(settings.outputs, results) if settings.outputs else results.outputs
     async with LLM(server(settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
         folder = Path(llm.folders.get(model) or model)
-        llm.weights = state_of(folder) or state_of(results.sft_model)  # the server may be on another machine
+        # Where the server is on another machine, the model that was merged here tells one from the next.
+        llm.weights = f"{folder} {state_of(folder) or state_of(results.sft_model)}"
         print(f"server:  {settings.api_base} serves {model!r}" + (f" from {folder}" if folder.is_dir() else ""))
         print(f"asked:   {len(asked):,} questions{left_out}")
 
@@ -86,6 +87,21 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
         print(f"length:  {statistics.fmean(map(length, answers)):.0f} an answer in the mean")
         report_calls(llm, time.monotonic() - started)
         print(f"made:    {outputs}")
+
+
+def place_of(outputs: str, results: Results) -> Path:
+    """The folder for the outputs. Raises UserError when it holds something else, for what is there is replaced."""
+    place = Path(outputs).expanduser().resolve()
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        if place == results.sft_data.resolve():
+            raise UserError(f"--outputs {outputs!r} is the SFT data itself; name another folder")
+        try:
+            judge.read_outputs(outputs)
+        except UserError as error:
+            raise UserError(
+                f"--outputs {outputs!r} is there and holds no outputs, and would be replaced; name another folder"
+            ) from error
+    return place
 
 
 def questions(settings: Settings) -> tuple[list[str], str]:
@@ -142,6 +158,8 @@ async def judge_outputs(settings: Settings, results: Results, store: Store) -> N
     started = time.monotonic()
     outputs = {name: judge.read_outputs(name) for name in filter(None, map(str.strip, settings.judge.split(",")))}
     names = list(outputs)
+    if not names:
+        raise UserError(f"--judge {settings.judge!r} names no folder of outputs")
     asked = [question for question, _ in outputs[names[0]]]
     for name, pairs in outputs.items():
         if [question for question, _ in pairs] != asked:
@@ -171,13 +189,14 @@ async def judge_outputs(settings: Settings, results: Results, store: Store) -> N
                 triples = [(question, a, b) for (question, a), (_, b) in zip(*outputs.values(), strict=True)]
                 compared = judge.compare_all(ask, prompts_of, triples, rules, settings.seed, window)
                 better = [place async for place in compared]
-        report_judgement(settings, results, asked, grades, better)
+        report_judgement(settings, results, model, asked, grades, better)
         report_calls(llm, time.monotonic() - started)
 
 
 def report_judgement(
     settings: Settings,
     results: Results,
+    model: str,
     asked: list[str],
     grades: dict[str, list[Grades | str]],
     better: list[int | str],
@@ -204,7 +223,7 @@ def report_judgement(
     drawn = [name for name in grades if summary[name]["graded"]]
     if not drawn:
         raise UserError(f"no answer could be graded ({say(reasons)}); try another judge or --structured-output")
-    results.write_json(results.judge, summary)
+    results.write_json(results.judge, {"judge": model, **summary})
     judge.plot(results.judge_plot, drawn, [summary[name]["satisfaction"] for name in drawn])
     print(f"made:    {results.judged}, {results.judge}, {results.judge_plot}")
 

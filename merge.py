@@ -9,7 +9,6 @@ trained, say whether its base was in 4 bits (--quantize nf4) or not (--quantize 
 """
 
 import contextlib
-import dataclasses
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from augcon import progress, training
 from augcon.adapters import Adapter, TrainedWith, base_shards, model_folder, read_adapter, weights_trained_over
 from augcon.errors import UserError, stage
 from augcon.fidelity import divergence
-from augcon.merging import MERGED_FROM, merge
+from augcon.merging import MERGED_FROM, made_of, merge
 from augcon.results import Results
 from config import load_settings
 
@@ -35,7 +34,7 @@ def main() -> None:
         raise UserError(f"there is no {results.lora}; run finetune.py first, or name an adapter with --lora")
     with contextlib.nullcontext() if settings.lora and settings.output else results.held():
         adapter = read_adapter(Path(settings.lora) if settings.lora else results.lora)
-        name = settings.base or (adapter.trained_with or adapter).base or settings.model
+        name = settings.base or (adapter.trained_with.base if adapter.trained_with else adapter.base) or settings.model
         base = model_folder(name)
         trained = weights_trained_over(adapter, base, settings.quantize)
         output = Path(settings.output) if settings.output else results.sft_model
@@ -43,7 +42,7 @@ def main() -> None:
         print(f"adapter: {adapter.folder}, {len(adapter.factors):,} layers, trained over {name!r} {form}")
         if adapter.base not in ("", name, str(base)):
             print(f"note:    the adapter itself names {adapter.base!r} as its base; {name!r} is used")
-        if made_already(output, adapter, trained):
+        if made_already(output, adapter, base, trained):
             print(f"merged:  {output} is made of this adapter already")
         else:
             write(adapter, base, trained, output)
@@ -51,15 +50,15 @@ def main() -> None:
             check(adapter, base, trained, output)
 
 
-def made_already(output: Path, adapter: Adapter, trained: TrainedWith) -> bool:
+def made_already(output: Path, adapter: Adapter, base: Path, trained: TrainedWith) -> bool:
     """Whether the output is made of the same parts. Raises UserError when it is something else than a merged model."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return False
     try:
-        made_of = json.loads((output / MERGED_FROM).read_text())
+        recorded = json.loads((output / MERGED_FROM).read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{output} exists and was not made by merge.py; name another folder with --output") from error
-    return made_of == {**dataclasses.asdict(trained), "digest": adapter.digest}
+    return recorded == made_of(adapter, base, trained)
 
 
 def write(adapter: Adapter, base: Path, trained: TrainedWith, output: Path) -> None:

@@ -52,9 +52,9 @@ async def run(settings: Settings, results: Results, store: Store) -> None:
 
         rounds = results.read_json(results.refills) if results.refills.exists() else []
         sample = await grow_trees(settings, results, llm, roots, Counter(root for short in rounds for root in short))
-        await make_pairs(settings, results, llm, roots, sample)
+        made = await make_pairs(settings, results, llm, roots, sample)
         report_calls(llm, time.monotonic() - started)
-        results.finish(1, refills=len(rounds))
+        results.finish(1, refills=len(rounds), pairs=made)
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
 
 
@@ -157,8 +157,8 @@ class Tally:
 
 async def make_pairs(
     settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[pairs.Query]
-) -> None:
-    """Makes the scorer's pairs, as many of each type where they can be had, and writes them."""
+) -> int:
+    """Makes the scorer's pairs, as many of each type where they can be had, and writes them; returns their number."""
     made: dict[str, list[pairs.ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}
     lost: Counter[str] = Counter()
     outcomes = pairs.scorer_pairs(
@@ -183,6 +183,7 @@ async def make_pairs(
     lost["left out for balance"] = sum(map(len, made.values())) - len(kept)
     print(f"pairs:   {len(kept):,} for the scorer: {say(Counter(pair.type for pair in kept)) or 'none'}", end="")
     print(f"; thrown away: {say(+lost)}" if +lost else "")
+    return len(kept)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def read_step_1(settings: Settings, results: Results) -> tuple[list[RootContext]
         raise UserError(f"{results.contexts} and {results.queries} do not belong together; run step1_gen_q.py again")
     results.settle(2, settings.made_with())
     pairs = results.read_pairs()
+    if len(pairs) != results.finished()["step 1"].get("pairs", len(pairs)):
+        raise UserError(f"{results.scorer_pairs} is not what step 1 has made; run step1_gen_q.py again")
     number = sum(map(len, queries.values()))
     tell(f"input:   {len(roots):,} root contexts, {number:,} queries, {len(pairs):,} pairs for the scorer")
     return roots, queries, pairs
@@ -119,11 +121,8 @@ def train_and_score(
 
     kept = KeptScores(results.scores_parts / facts["digest"])
     texts = {key(*text): text for listed in queries.values() for text in listed}
-    on_main(lambda: plan(kept, encoder, texts))
+    missing = on_main(lambda: plan(kept, encoder, texts))  # one list for all, whoever is first to add to it
     kept.read()
-    missing = [
-        n for n, batch in enumerate(kept.plan) if any(name in texts and name not in kept.scores for name in batch)
-    ]
     if missing:
         model = model or scorer.load_scorer(base, encoder, settings.seed, results.scorer)
         score(kept, model, encoder, texts, missing)
@@ -181,8 +180,8 @@ def report(facts: dict[str, Any]) -> None:
             tell(f"  {kind:<26} {number:>7,} {before:>7.3f} {after:>7.3f}")
 
 
-def plan(kept: KeptScores, encoder: "Encoder", texts: dict[str, tuple[str, str]]) -> None:
-    """Puts every (context, question) that is in no batch yet into one."""
+def plan(kept: KeptScores, encoder: "Encoder", texts: dict[str, tuple[str, str]]) -> list[int]:
+    """Puts every (context, question) that is in no batch yet into one; returns which batches are to be scored."""
     from augcon import scorer
 
     kept.read()
@@ -190,6 +189,7 @@ def plan(kept: KeptScores, encoder: "Encoder", texts: dict[str, tuple[str, str]]
     new = [name for name in texts if name not in planned]
     lengths = list(map(len, encoder([texts[name] for name in new])))
     kept.add_to_plan([[new[n] for n in batch] for batch in scorer.batches(lengths, scorer.token_budget())])
+    return [n for n, batch in enumerate(kept.plan) if any(name in texts and name not in kept.scores for name in batch)]
 
 
 def score(
@@ -233,7 +233,7 @@ def choose(
     short: list[int] = []
     for root in roots:
         listed = queries[root.root]
-        values = [scores.get(key(*text), 0.0) for text in listed]
+        values = [scores[key(*text)] if scores else 0.0 for text in listed]
         kept, ends = rank_and_filter(
             [query for _, query in listed], values, root.quota, settings.rouge_threshold, sweep
         )

@@ -144,7 +144,12 @@ def report_search(search: Search) -> None:
     """Prints the figures of one language's search."""
     whose = "" if search.own else f"no examples in {search.language}, those of other languages serve; "
     if len(search.sets) == 1:
-        print(f"search:  {search.language}: {whose}none, all {len(search.examples)} examples are shown")
+        shown, there = len(search.sets[0]), len(search.examples)
+        print(
+            f"search:  {search.language}: {whose}none, " + (f"{shown} of {there}" if shown < there else f"all {there}"),
+            end="",
+        )
+        print(" examples are shown")
         return
     means = [mean for candidate in range(len(search.sets)) if (mean := search.mean(candidate)) is not None]
     trials = [trial for trials in search.trials for trial in trials]

@@ -79,7 +79,10 @@ def model_folder(name: str) -> Path:
         wanted = ["*.safetensors", *COMPANIONS]
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
     except (OSError, ValueError) as error:  # the hub's errors are of these kinds
-        raise UserError(f"base model {name!r} is no folder, and the hub does not give it: {one_line(error)}") from error
+        raise UserError(
+            f"base model {name!r} is no folder here, and the hub does not give it ({one_line(error, 100)}); name "
+            "a folder or another model with --model"
+        ) from error
 
 
 def base_shards(base: Path) -> dict[str, list[str]]:
@@ -114,6 +117,14 @@ def fingerprint(base: Path) -> str:
                     digest.update(file.read(4096))
         except OSError as error:
             raise UserError(f"the weights in {base} cannot be read: {one_line(error)}") from error
+    return digest.hexdigest()[:16]
+
+
+def companions_digest(folder: Path) -> str:
+    """A digest of all that a model needs besides its weights: its chat template shapes what is learnt."""
+    digest = hashlib.sha256()
+    for file in sorted({file for pattern in COMPANIONS for file in folder.glob(pattern)}):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 

@@ -218,8 +218,9 @@ async def answer_question(
         return parse_answer(reply, context, question, prompts, shown)
 
     request = _request(prompts, shown, context, question, rules)
+    asked = ask_and_count if rules.temperature else asking_warmer(ask_and_count)
     try:
-        return Answered(await parsed_reply(ask_and_count, request, rules.answer_tries, parse), len(replies))
+        return Answered(await parsed_reply(asked, request, rules.answer_tries, parse), len(replies))
     except (Unparseable, Refused) as error:
         return Answered(None, len(replies), str(error), replies[-1].text if replies else "")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import math
 import re
 import sys
@@ -130,6 +131,7 @@ def _open_dataset(source: str, path: Path, suffix: str, split: str) -> datasets.
             raise UserError(f"corpus {source!r}: there is no such file or folder")
         else:
             print(f"corpus {source!r} is no file or folder here; asking the hub", file=sys.stderr)
+            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, one by one
             opened = datasets.load_dataset(source)
     except UserError:
         raise

@@ -122,7 +122,7 @@ class LLM:
         except faults.NO_ANSWER as error:
             raise UserError(
                 f"no server answers at {self.server.api_base} ({faults.words(error)}); "
-                "start one (without a GPU: python -m augcon.demo_engine) or name another with --api-base"
+                "start one (python serve.py, or for one command python serve.py -- COMMAND) or name another: --api-base"
             ) from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise self._wrong_key(error) from error

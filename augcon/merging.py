@@ -16,7 +16,15 @@ from safetensors.torch import save_file
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
-from augcon.adapters import COMPANIONS, TRAINED_WITH, WEIGHTS_INDEX, Adapter, TrainedWith, base_shards
+from augcon.adapters import (
+    COMPANIONS,
+    TRAINED_WITH,
+    WEIGHTS_INDEX,
+    Adapter,
+    TrainedWith,
+    base_shards,
+    companions_digest,
+)
 from augcon.errors import UserError, one_line
 from augcon.training import quantization
 
@@ -61,7 +69,7 @@ def merge(
         if left:
             raise UserError(f"{len(left)} layers of the adapter were not used, {min(left)} for one")
         _copy_companions(adapter, base, unfinished)
-        record = {**dataclasses.asdict(trained), "digest": adapter.digest}
+        record = made_of(adapter, base, trained)
         (unfinished / MERGED_FROM).write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
         for file in unfinished.iterdir():
             with file.open("rb") as written:
@@ -73,6 +81,11 @@ def merge(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return len(quantized), len(shards)
+
+
+def made_of(adapter: Adapter, base: Path, trained: TrainedWith) -> dict[str, str]:
+    """What a merged model records of its parts."""
+    return {**dataclasses.asdict(trained), "digest": adapter.digest, "companions": companions_digest(base)}
 
 
 def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:

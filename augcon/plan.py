@@ -58,7 +58,7 @@ def check_and_plan(settings: Settings) -> str:
         **inputs(settings, root_contexts(settings)[0]),
         "content of the examples": (3, alignment.examples_digest(qa_examples(settings))),
     }
-    served = results.check({name: value for name, (step, value) in made_with.items() if step <= 3}).get("model served")
+    served = results.check(3, made_with).get("model served")
     if served and "api_base" not in settings.model_fields_set and (served == demo_engine.MODEL) != settings.demo:
         now = "the demonstration engine" if settings.demo else settings.model
         raise UserError(f"{results.folder} was made with {served!r}, not with {now}; use another folder with --results")

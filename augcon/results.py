@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -85,29 +85,37 @@ class Results:
         one from ``since`` on before it counts.
         """
         mine = {name: value for name, (first, value) in made_with.items() if since <= first <= step}
-        self.write_json(self.record, {**self.check(mine), **mine})
+        self.write_json(self.record, {**self.check(step, made_with, since), **mine})
 
-    def forget(self, names: Collection[str]) -> None:
-        """Takes names out of the record, where nothing has been made with them."""
-        kept = self.read_json(self.record) if self.record.exists() else {}
-        self.write_json(self.record, {name: value for name, value in kept.items() if name not in names})
+    def check(self, step: int, made_with: dict[str, tuple[int, Any]], since: int = 1) -> dict[str, Any]:
+        """What the folder was made with. Raises UserError where that differs, as ``settle`` counts it.
 
-    def check(self, mine: dict[str, Any]) -> dict[str, Any]:
-        """What the folder was made with. Raises UserError where ``mine`` differs from it."""
+        A step that came to nothing binds nobody: it may be tried again with other settings.
+        """
         kept = self.read_json(self.record) if self.record.exists() else {}
-        changes = [
-            f"the {name} has changed"
-            if name.startswith("content of")
-            else f"{name} was {kept[name]!r} and is now {value!r}"
-            for name, value in mine.items()
-            if name in kept and kept[name] != value
-        ]
-        if changes:
+        binding = {first for first in range(since, step + 1) if self._has_made_something(first)}
+        mine = {name: value for name, (first, value) in made_with.items() if first in binding}
+        changed = [name for name, value in mine.items() if name in kept and kept[name] != value]
+        contents = [name for name in changed if name.startswith("content of")]
+        if changed:  # other settings cut and ask the same content in another way: no need to tell of both
+            changes = [
+                f"{name} was {kept[name]!r} and is now {mine[name]!r}" for name in changed if name not in contents
+            ]
+            changes = changes or [f"the {name} has changed" for name in contents]
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changes)}. Use the old settings, or "
                 f"another folder with --results; a copy of {self.store.name} in it saves the calls that are the same"
             )
         return kept
+
+    def _has_made_something(self, step: int) -> bool:
+        whole = {2: self.scorer_checkpoints, 4: self.checkpoints}
+        made = {2: (self.scorer, self.filtered_queries), 3: (self.sft_data,), 4: (self.lora,)}
+        if step not in made:
+            return True
+        return any(path.exists() for path in made[step]) or (
+            step in whole and any(whole[step].glob("checkpoint-*/whole"))
+        )
 
     def finish(self, step: int, **facts: Any) -> None:
         """Records that a step has come to its end, with what the next step to run depends on."""

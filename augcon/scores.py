@@ -5,9 +5,10 @@ a file of its own. Batches stay as planned, for the numbers of a row change a li
 was killed gives the same scores as one that was not.
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -39,24 +40,31 @@ class KeptScores:
 
     def add_to_plan(self, batches: Iterable[Sequence[str]]) -> None:
         """Plans batches of what was in none."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         batches = [list(batch) for batch in batches]
         whole = self.folder / "plan.jsonl.unfinished"
-        whole.write_text("".join(json.dumps(batch) + "\n" for batch in [*self.plan, *batches]))
-        whole.replace(self.folder / "plan.jsonl")
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            whole.write_text("".join(json.dumps(batch) + "\n" for batch in [*self.plan, *batches]))
+            whole.replace(self.folder / "plan.jsonl")
         self.plan += batches
 
     def part(self, process: int) -> IO[str]:
         """The file to which a process appends."""
-        try:
+        with self._writing():
             return (self.folder / f"part-{process}.jsonl").open("a", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"scores cannot be kept in {self.folder}: {one_line(error)}") from error
 
     def keep(self, part: IO[str], batch: int, scores: list[float]) -> None:
         """Keeps the scores of a planned batch; the first line break ends what a kill may have torn."""
-        part.write("\n" + json.dumps({"batch": batch, "scores": scores}) + "\n")
-        part.flush()
+        with self._writing():
+            part.write("\n" + json.dumps({"batch": batch, "scores": scores}) + "\n")
+            part.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"scores cannot be kept in {self.folder}: {one_line(error)}") from error
 
     def _rows(self, name: str) -> Iterable:
         path = self.folder / name

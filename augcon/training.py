@@ -270,17 +270,23 @@ def watch(trainer: transformers.Trainer, what: str) -> Watch:
 def last_checkpoint(folder: Path, made_of: dict[str, Any]) -> str | None:
     """The newest whole checkpoint in ``folder`` to go on from, if any.
 
-    What belongs to another training (other ``made_of``, other number of processes) is removed, as are the
-    checkpoints that are not whole.
+    What belongs to another training (other ``made_of``) is removed, as are the checkpoints that are not whole.
+    Raises UserError when it was begun by another number of processes, for its checkpoints are made of their parts.
     """
 
     def prepare() -> str | None:
         record = folder / "made_of.json"
-        wanted = json.dumps({**made_of, "processes": processes()}, ensure_ascii=False, sort_keys=True)
-        if not record.exists() or record.read_text(encoding="utf-8") != wanted:
+        wanted = {"of": json.dumps(made_of, ensure_ascii=False, sort_keys=True), "processes": processes()}
+        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        if known.get("of") == wanted["of"] and known != wanted and any(folder.glob("checkpoint-*/whole")):
+            raise UserError(
+                f"the training in {folder} was begun by {known['processes']} processes, and this run has "
+                f"{processes()}; use as many as then, or remove that folder to train anew"
+            )
+        if known != wanted:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            record.write_text(wanted, encoding="utf-8")
+            record.write_text(json.dumps(wanted, ensure_ascii=False), encoding="utf-8")
         found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
         for path in found:
             if not (path / "whole").exists():

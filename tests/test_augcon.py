@@ -77,24 +77,13 @@ def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
 
 
 @pytest.mark.slow
-def test_the_bundled_corpus_becomes_data_and_the_second_time_nothing_is_done(tmp_path: Path, mark: Mark):
-    done = run(mark, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert not mark.alive()
-    assert "DEMONSTRATION" in done.stdout and "not from an LLM" in done.stdout
-    results = tmp_path / "results"
-    pairs = data(results)
-    assert set(pairs[0]) == {"question", "answer"} and all(pair["question"] and pair["answer"] for pair in pairs)
-    filtered = json.loads((results / "filtered_queries.json").read_text())
-    quota = sum(json.loads(line)["quota"] for line in (results / "contexts.jsonl").read_text().splitlines())
-    assert 0.9 * quota <= len(pairs) <= sum(map(len, filtered.values())) <= quota
-    assert len({pair["question"] for pair in pairs}) == len(pairs)
-
-    before, calls = made(results), calls_kept(results)
-    again = run(mark, tmp_path)
+def test_a_second_run_does_nothing(small: tuple[Path, str], corpus: Path, mark: Mark):
+    assert "DEMONSTRATION" in small[1] and "not from an LLM" in small[1]
+    before, calls = made(small[0]), calls_kept(small[0])
+    again = run(mark, small[0].parent, "--corpus", corpus, "--results", small[0].name, *FEW)
     assert again.returncode == 0, again.stderr
     assert "== Step" not in again.stdout and NOTHING_TO_DO in again.stdout
-    assert made(results) == before and calls_kept(results) == calls
+    assert made(small[0]) == before and calls_kept(small[0]) == calls
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_help_names_every_setting_with_its_reason_and_default(load, capsys):
 def test_describe_names_the_settings_that_were_changed_and_no_others(load):
     assert load().describe() == "settings: all as in --help"
     shown = load("--min-length", "30", "--max-length", "500").describe()
-    assert shown == "settings: min_length=30 all the others as in --help"
+    assert shown == "settings: min_length=30, the others as in --help"
     assert max(map(len, load("--corpus", "x" * 80, "--model", "y" * 80).describe().splitlines())) <= 110
 
 

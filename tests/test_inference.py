@@ -119,12 +119,34 @@ def test_another_model_under_the_same_name_is_asked_anew(tmp_path: Path, here: b
     root = str(folder) if here else "/far/away"
     models = answers(json.dumps({"data": [{"id": "tuned", "object": "model", "root": root}]}))
     flags = ["--questions", asked_in(tmp_path, QUESTIONS[:3]), "--results", tmp_path / "r"]
-    for text, calls in [("甲", 3), *[("甲", 0)] * here, ("乙", 3)]:
+    for text, calls in [("甲", 3), ("甲", 0), ("乙", 3)]:
         if text == "乙":
             (folder / "model.safetensors").write_bytes(b"again")
         done, bodies = play(lambda body, before, text=text: says(text), *flags, models=models)
         assert done.returncode == 0 and len(bodies) == calls, done.stderr
         assert [answer for _, answer in saved(tmp_path / "r" / "outputs")] == [text] * 3
+    elsewhere = answers(json.dumps({"data": [{"id": "tuned", "object": "model", "root": "/another/model"}]}))
+    done, bodies = play(lambda body, before: says("丙"), *flags, models=elsewhere)
+    assert done.returncode == 0 and len(bodies) == 3
+
+
+@pytest.mark.parametrize("what", ["a folder of other things", "a file", "the SFT data", "."])
+def test_what_is_no_outputs_is_never_replaced(tmp_path: Path, engine: Engine, what: str):
+    place = {"the SFT data": tmp_path / "r" / "sft_data", ".": "."}.get(what, tmp_path / "mine")
+    if what == "a folder of other things":
+        place.mkdir()
+        (place / "thesis.txt").write_text("years of work")
+    elif what == "a file":
+        place.write_text("years of work")
+    elif what == "the SFT data":
+        outputs_in(place, ["一？"], "甲")
+    flags = ["--questions", asked_in(tmp_path, QUESTIONS[:3]), "--results", tmp_path / "r", "--api-base", engine.api]
+    done = run("inference.py", *flags, "--outputs", place)
+    assert says_one_line(done, f"--outputs {str(place)!r}", "another folder")
+    assert what != "the SFT data" or saved(place) == [("一？", "甲")]
+    assert what != "a folder of other things" or (place / "thesis.txt").read_text() == "years of work"
+    for _ in range(2):  # outputs made before are replaced
+        assert run("inference.py", *flags, "--outputs", tmp_path / "new").returncode == 0
 
 
 def test_the_test_split_of_the_bundled_corpus_is_asked_from_any_folder(engine: Engine, tmp_path: Path):
@@ -163,6 +185,7 @@ def test_a_server_that_refuses_every_question_ends_in_one_line(tmp_path: Path):
         ),
         (["--questions", "no.txt"], ["--questions", "no.txt"]),
         (["--judge", "tests"], ["--judge", "'tests'", "inference.py"]),
+        (["--judge", " , "], ["--judge", "names no folder"]),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path, flags: list[str], parts: list[str]):
@@ -187,6 +210,7 @@ def test_outputs_of_two_models_are_graded_compared_and_drawn(engine: Engine, tmp
     assert [row["question"] for row in rows] == asked
     assert {row["better"] for row in rows} == {str(tuned)}
     summary = json.loads((tmp_path / "r" / "judge.json").read_text())
+    assert summary["judge"] == "augcon-demo-not-an-llm"
     assert summary["better"] == {str(base): 0, str(tuned): 3, "neither": 0, "undecided": 0}
     for name in (str(base), str(tuned)):
         grades = [row["grades"][name]["satisfaction"] for row in rows]

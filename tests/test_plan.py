@@ -93,6 +93,18 @@ def test_results_of_other_settings_are_refused(tmp_path: Path, settings: Callabl
     with pytest.raises(UserError, match="min_length was 20 and is now 21"):
         check_and_plan(settings("--demo", *results, "--min-length", 21))
     del record["content of the corpus"]
+    record |= {"scorer_epochs": 9, "answer_temperature": 1.0}
+    (tmp_path / "settings.json").write_text(json.dumps(record))
+    assert check_and_plan(settings("--demo", *results)) == "1"  # steps that came to nothing bind nobody
+    (tmp_path / "scorer").mkdir()
+    with pytest.raises(UserError, match="scorer_epochs was 9 and is now 4"):
+        check_and_plan(settings("--demo", *results))
+    (tmp_path / "sft_data").mkdir()
+    with pytest.raises(UserError, match=r"answer_temperature was 1\.0 and is now 0\.2"):
+        check_and_plan(settings("--demo", *results))
+    (tmp_path / "sft_data").rmdir()
+    (tmp_path / "scorer").rmdir()
+    record = {name: record[name] for name in ("min_length", "model served")}
     (tmp_path / "settings.json").write_text(json.dumps(record))
     assert check_and_plan(settings("--demo", *results)) == "1"
     assert check_and_plan(settings("--api-base", "http://127.0.0.1:1/v1", *results)) == "1"

@@ -1,6 +1,7 @@
 """The commands of the README, as a newcomer types them."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -44,10 +45,21 @@ def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
                 os.killpg(shell.pid, signal.SIGTERM)
         output.seek(0)
         assert status == 0, output.read()[-8000:]
-    pairs = datasets.load_from_disk(project / "results" / "sft_data")
-    assert len(pairs) > 900 and pairs.column_names == ["question", "answer"]
+    results = project / "results"
+    pairs = datasets.load_from_disk(results / "sft_data")
+    fates = [json.loads(line)["fate"] for line in (results / "scores.jsonl").read_text().splitlines()]
+    nodes = [json.loads(line)["query"] for line in (results / "nodes.jsonl").read_text().splitlines()]
+    queries = json.loads((results / "queries.json").read_text())
+    dropped = (results / "dropped_queries.jsonl").read_text().splitlines()
+    assert len(fates) == sum(map(len, queries.values())) == sum(query is not None for query in nodes)
+    assert fates.count("kept") == len(pairs) + len(dropped)
+    quota = sum(json.loads(line)["quota"] for line in (results / "contexts.jsonl").read_text().splitlines())
+    kept = sum(map(len, json.loads((results / "filtered_queries.json").read_text()).values()))
+    assert 0.9 * quota <= len(pairs) <= kept <= quota and pairs.column_names == ["question", "answer"]
+    assert all(map(str.strip, [*pairs["question"], *pairs["answer"]]))
+    assert len(set(pairs["question"])) == len(pairs)
     assert len(datasets.load_from_disk(project / "results-mine" / "sft_data")) > 10
-    outputs = datasets.load_from_disk(project / "results" / "outputs")
+    outputs = datasets.load_from_disk(results / "outputs")
     assert outputs["question"][:] == datasets.load_from_disk(ROOT / "DailyM")["test"]["question"][:]
 
 

@@ -349,12 +349,12 @@ def test_roots_that_step_2_left_short_get_further_trees_and_nothing_else_changes
     flags = ["--corpus", corpus, "--results", tmp_path / "r", "--negatives", 5, "--api-base", engine.api]
     assert run("step1_gen_q.py", *flags).returncode == 0
     before, nodes = outcome_of(tmp_path / "r"), lines(tmp_path / "r" / "nodes.jsonl")
-    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 0}}
+    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 0, "pairs": 15}}
 
     (tmp_path / "r" / "refills.json").write_text("[[0, 2], [2]]")
     again = run("step1_gen_q.py", *flags)
     assert again.returncode == 0 and "3 of the passes to refill roots" in again.stdout
-    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 2}}
+    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 2, "pairs": 15}}
     assert outcome_of(tmp_path / "r")["pairs"] == before["pairs"]
     after = lines(tmp_path / "r" / "nodes.jsonl")
     assert [node for node in after if node in nodes] == nodes

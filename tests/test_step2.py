@@ -254,8 +254,8 @@ def test_what_a_user_can_mend_is_one_line_from_all_processes_together(few: Path,
     told = [line for line in missing.stderr.splitlines() if line.startswith("error: ")]
     assert missing.returncode != 0 and len(told) == 1 and str(tmp_path / "nowhere") in told[0]
     assert "Traceback" not in missing.stderr + missing.stdout
-    shutil.copytree(few, tmp_path / "other")
-    untrained = run("step2_scorer.py", "--results", tmp_path / "other", "--scorer-model", base, "--score-only")
+    # What came to nothing binds nobody: the same folder, the right model.
+    untrained = run("step2_scorer.py", "--results", results, "--scorer-model", base, "--score-only")
     assert says_one_line(untrained, "there is no scorer", "--score-only")
 
 
@@ -269,6 +269,8 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path: Path):
     assert says_one_line(run("step2_scorer.py", "--results", results), "queries.json", "cannot be read")
     write(results / "queries.json", {"0": [["一二三", "什么？"]]})
     assert says_one_line(run("step2_scorer.py", "--results", results), "step 1 has not come to its end")
+    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": 3}})
+    assert says_one_line(run("step2_scorer.py", "--results", results), "scorer_pairs", "run step1_gen_q.py again")
     write(results / "finished.json", {"step 1": {"refills": 0}})
     datasets.Dataset.from_dict({"context": ["a"], "pos_query": ["b"]}).save_to_disk(results / "scorer_pairs")
     assert says_one_line(run("step2_scorer.py", "--results", results), "scorer_pairs", "neg_query")
