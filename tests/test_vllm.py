@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,21 +44,6 @@ def corpus(folder: Path) -> Path:
     path = folder / "corpus.jsonl"
     path.write_text("".join(json.dumps({"article": text}) + "\n" for text in CORPUS))
     return path
-
-
-def test_step1_runs_on_a_real_vllm_server_and_again_without_a_call(vllm: Engine, tmp_path: Path):
-    flags = ["--corpus", corpus(tmp_path), "--results", tmp_path / "r", "--structured-output", "--negatives", 2]
-    flags += ["--max-length", 40, "--max-passes", 2, "--api-base", vllm.api]
-    done = run("step1_gen_q.py", *flags, timeout=500)
-    assert done.returncode == 0, done.stderr
-    nodes = [json.loads(line) for line in (tmp_path / "r" / "nodes.jsonl").read_text().splitlines()]
-    asked = Counter(node["outcome"] for node in nodes if node["query"])
-    assert asked.total() >= 4 and "serves 'tiny'" in done.stdout
-    assert len(datasets.load_from_disk(tmp_path / "r" / "scorer_pairs")) >= 3
-
-    generated = vllm.metric("vllm:generation_tokens_total")
-    assert run("step1_gen_q.py", *flags).returncode == 0
-    assert vllm.metric("vllm:generation_tokens_total") == generated
 
 
 def test_a_noise_that_never_parses_ends_every_node_after_its_tries(vllm: Engine, tmp_path: Path):
