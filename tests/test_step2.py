@@ -68,7 +68,9 @@ def few(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(questions, results)
     pairs = datasets.load_from_disk(questions / "scorer_pairs")
     shutil.rmtree(results / "scorer_pairs")
-    pairs.select(range(0, len(pairs), 12)).save_to_disk(results / "scorer_pairs")
+    chosen = pairs.select(range(0, len(pairs), 12))
+    chosen.save_to_disk(results / "scorer_pairs")
+    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": len(chosen)}})
     write(results / "queries.json", {root: listed[:15] for root, listed in read(results / "queries.json").items()})
     return results
 
@@ -237,6 +239,7 @@ def test_without_pairs_the_order_is_that_of_the_trees(few: Path, tmp_path: Path)
     results = tmp_path / "r"
     shutil.copytree(few, results)
     shutil.rmtree(results / "scorer_pairs")
+    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": 0}})
     done = run("step2_scorer.py", "--results", results)
     assert done.returncode == 0 and "no pairs to learn from" in done.stdout, done.stderr
     queries, filtered = read(results / "queries.json"), read(results / "filtered_queries.json")
