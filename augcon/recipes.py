@@ -50,7 +50,7 @@ def inputs(settings: Settings, roots: list[RootContext]) -> dict[str, tuple[int,
         digest.update(f"{root.article} {root.start} {root.quota} {root.text}\n".encode())
     asked_with = sorted({prompts_for(settings, root.text) for root in roots}, key=lambda of: of.language)
     return {
-        "content of the corpus": (1, digest.hexdigest()[:16]),
+        "content of the corpus as cut": (1, digest.hexdigest()[:16]),
         "content of the prompts": (1, {of.language: of.cst_digest() for of in asked_with}),
     }
 

@@ -95,13 +95,14 @@ class Results:
         kept = self.read_json(self.record) if self.record.exists() else {}
         binding = {first for first in range(since, step + 1) if self._has_made_something(first)}
         mine = {name: value for name, (first, value) in made_with.items() if first in binding}
-        changed = [name for name, value in mine.items() if name in kept and kept[name] != value]
-        contents = [name for name in changed if name.startswith("content of")]
-        if changed:  # other settings cut and ask the same content in another way: no need to tell of both
-            changes = [
-                f"{name} was {kept[name]!r} and is now {mine[name]!r}" for name in changed if name not in contents
-            ]
-            changes = changes or [f"the {name} has changed" for name in contents]
+        changes = [
+            f"the {name} has changed"
+            if name.startswith("content of")
+            else f"{name} was {kept[name]!r} and is now {value!r}"
+            for name, value in mine.items()
+            if name in kept and kept[name] != value
+        ]
+        if changes:
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changes)}. Use the old settings, or "
                 f"another folder with --results; a copy of {self.store.name} in it saves the calls that are the same"

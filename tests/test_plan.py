@@ -86,13 +86,13 @@ def test_who_serves_and_what_scores(settings: Callable[..., Settings]):
 
 def test_results_of_other_settings_are_refused(tmp_path: Path, settings: Callable[..., Settings]):
     results = ["--results", tmp_path]
-    record = {"min_length": 20, "content of the corpus": "other", "model served": "augcon-demo-not-an-llm"}
+    record = {"min_length": 20, "content of the corpus as cut": "other", "model served": "augcon-demo-not-an-llm"}
     (tmp_path / "settings.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="content of the corpus has changed"):
+    with pytest.raises(UserError, match="content of the corpus as cut has changed"):
         check_and_plan(settings("--demo", *results))
     with pytest.raises(UserError, match="min_length was 20 and is now 21"):
         check_and_plan(settings("--demo", *results, "--min-length", 21))
-    del record["content of the corpus"]
+    del record["content of the corpus as cut"]
     record |= {"scorer_epochs": 9, "answer_temperature": 1.0}
     (tmp_path / "settings.json").write_text(json.dumps(record))
     assert check_and_plan(settings("--demo", *results)) == "1"  # steps that came to nothing bind nobody

@@ -120,7 +120,7 @@ def test_a_second_run_makes_no_call_and_the_same_files(engine: Engine, bundled: 
     [
         (["--max-length", "300"], "max_length was 500 and is now 300"),
         (["--query-temperature", "1.0"], "query_temperature was 0.85 and is now 1.0"),
-        (["--corpus", "qa_examples.jsonl", "--text-field", "context"], "the content of the corpus has changed"),
+        (["--corpus", "qa_examples.jsonl", "--text-field", "context"], "the content of the corpus as cut has changed"),
     ],
 )
 def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
