@@ -277,7 +277,10 @@ def last_checkpoint(folder: Path, made_of: dict[str, Any]) -> str | None:
     def prepare() -> str | None:
         record = folder / "made_of.json"
         wanted = {"of": json.dumps(made_of, ensure_ascii=False, sort_keys=True), "processes": processes()}
-        known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+        try:
+            known = json.loads(record.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # none yet, or torn by a kill before there was a checkpoint
+            known = {}
         if known.get("of") == wanted["of"] and known != wanted and any(folder.glob("checkpoint-*/whole")):
             raise UserError(
                 f"the training in {folder} was begun by {known['processes']} processes, and this run has "

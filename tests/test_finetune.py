@@ -318,3 +318,21 @@ def test_pad_is_never_the_end_token(tmp_path: Path):
 
 def test_without_pairs_it_is_one_line_from_the_front_door(tmp_path: Path):
     assert says_one_line(run("finetune.py", "--results", tmp_path / "r"), "sft_data", "augcon.sh")
+
+
+def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "ckpts"
+    assert training.last_checkpoint(folder, {"of": "this"}) is None
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "whole").touch()
+    (folder / "checkpoint-5").mkdir()  # as a kill amid saving leaves it
+    assert training.last_checkpoint(folder, {"of": "this"}) == str(folder / "checkpoint-3")
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "processes", lambda: 4)
+        patch.setattr(training, "on_main", lambda work: work())
+        with pytest.raises(UserError, match="begun by 1 processes, and this run has 4"):
+            training.last_checkpoint(folder, {"of": "this"})
+    assert (folder / "checkpoint-3" / "whole").exists()
+    (folder / "made_of.json").write_text('{"of": ')
+    assert training.last_checkpoint(folder, {"of": "this"}) is None
+    assert not (folder / "checkpoint-3").exists()
