@@ -200,16 +200,16 @@ def train(
         train_dataset=datasets.Dataset.from_dict(columns),
     )
     watch = training.watch(trainer, "scorer")
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError("training the scorer needs more memory than the GPU has; lower --scorer-batch") from error
+    training.run(
+        trainer,
+        last,
+        too_large="lower --scorer-batch",
+        too_fast=f"remove {checkpoints} and lower --scorer-learning-rate {rules.learning_rate}",
+    )
     del trainer  # with the optimizer's memory
     gc.collect()
     torch.cuda.empty_cache()
     model.eval()
-    if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
-        raise UserError(f"the scorer's numbers ran away; lower --scorer-learning-rate {rules.learning_rate}")
     return (
         f"{len(pairs):,} pairs, {watch.steps:,} steps in {watch.seconds:.0f} s"
         f"{f' from {Path(last).name} on' if last else ''}, "

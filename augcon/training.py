@@ -267,6 +267,19 @@ def watch(trainer: transformers.Trainer, what: str) -> Watch:
     return watching
 
 
+def run(trainer: transformers.Trainer, last: str | None, *, too_large: str, too_fast: str) -> None:
+    """Trains, from the checkpoint ``last`` on if there is one.
+
+    Raises UserError, with what to do, when it does not fit in memory or its numbers run away.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"the training needs more memory than the GPU has; {too_large}") from error
+    if not all(weights.isfinite().all() for weights in trainer.model.parameters() if weights.requires_grad):
+        raise UserError(f"the model's numbers ran away; {too_fast}")
+
+
 def last_checkpoint(folder: Path, made_of: dict[str, Any]) -> str | None:
     """The newest whole checkpoint in ``folder`` to go on from, if any.
 

@@ -90,40 +90,16 @@ def tune(
         steps=rules.epochs * steps_an_epoch,
         seed=rules.seed,
     )
-    arguments |= {"save_total_limit": None}  # so that the epochs can be compared
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
-            **arguments,
-            max_length=max(length, *lengths),
-            packing=apart,
-            eval_packing=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            per_device_eval_batch_size=1,  # so that the mean over batches is the mean over pairs
-            prediction_loss_only=True,
-            eval_strategy="epoch" if held_out else "no",
-            eval_on_start=bool(held_out) and last is None,
-        ),
-        train_dataset=packed,
-        eval_dataset=as_dataset(held_out) if held_out else None,
-        processing_class=tokenizer,
-    )
-    if not training.can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
-        for weights in model.parameters():
-            weights.data = weights.data.float() if weights.requires_grad else weights.data
+    arguments |= {"max_length": max(length, *lengths), "packing": apart, "eval_on_start": bool(held_out) and not last}
+    trainer = _trainer(model, tokenizer, packed, held_out, arguments)
     watch = training.watch(trainer, "fine-tuning")
-    try:
-        trainer.train(resume_from_checkpoint=last)
-    except torch.cuda.OutOfMemoryError as error:
-        raise UserError(
-            "fine-tuning needs more memory than the GPU has; lower --max-tokens or --batch, or use --quantize nf4"
-        ) from error
-    if not all(weights.isfinite().all() for weights in model.parameters() if weights.requires_grad):
-        raise UserError(
-            f"the model's numbers ran away; remove {checkpoints} and lower --learning-rate {rules.learning_rate}"
-        )
-    tokens = sum(lengths) * watch.steps / steps_an_epoch / ranks.processes()
-    tokens_per_second = tokens / max(watch.seconds, 1e-9)
+    training.run(
+        trainer,
+        last,
+        too_large="lower --max-tokens or --batch, or use --quantize nf4",
+        too_fast=f"remove {checkpoints} and lower --learning-rate {rules.learning_rate}",
+    )
+    tokens_per_second = sum(lengths) * watch.steps / steps_an_epoch / ranks.processes() / max(watch.seconds, 1e-9)
     return Tuned(
         log=trainer.state.log_history,
         tokens_per_second=tokens_per_second,
@@ -138,6 +114,33 @@ def tune(
             f"{tokens_per_second:,.0f} tokens/s a process, {training.peak_memory()}"
         ),
     )
+
+
+def _trainer(
+    model: PeftModel,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    packed: datasets.Dataset,
+    held_out: Sequence[Example],
+    arguments: dict[str, Any],
+) -> SFTTrainer:
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            **{**arguments, "save_total_limit": None},  # so that the epochs can be compared
+            eval_packing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            per_device_eval_batch_size=1,  # so that the mean over batches is the mean over pairs
+            prediction_loss_only=True,
+            eval_strategy="epoch" if held_out else "no",
+        ),
+        train_dataset=packed,
+        eval_dataset=as_dataset(held_out) if held_out else None,
+        processing_class=tokenizer,
+    )
+    if not training.can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
+        for weights in model.parameters():
+            weights.data = weights.data.float() if weights.requires_grad else weights.data
+    return trainer
 
 
 def pack(examples: Sequence[Example], room: int, seed: int) -> datasets.Dataset:
