@@ -1,6 +1,7 @@
 """finetune.py trains on the answer and its end only, in packs whose examples do not see each other."""
 
 import random
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -336,3 +337,20 @@ def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: 
     (folder / "made_of.json").write_text('{"of": ')
     assert training.last_checkpoint(folder, {"of": "this"}) is None
     assert not (folder / "checkpoint-3").exists()
+
+
+def test_a_training_that_does_not_fit_or_runs_away_says_what_to_do():
+    """With a stand-in for the Trainer: no GPU here can run out of memory."""
+
+    def out_of_memory(**_: object) -> None:
+        raise torch.cuda.OutOfMemoryError("no more")
+
+    advice = {"too_large": "take less", "too_fast": "go slower"}
+    trainer = types.SimpleNamespace(model=torch.nn.Linear(1, 1), train=lambda **_: None)
+    training.run(trainer, None, **advice)
+    torch.nn.init.constant_(trainer.model.weight, torch.nan)
+    with pytest.raises(UserError, match="ran away; go slower"):
+        training.run(trainer, None, **advice)
+    trainer.train = out_of_memory
+    with pytest.raises(UserError, match="more memory than the GPU has; take less"):
+        training.run(trainer, None, **advice)
