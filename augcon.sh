@@ -11,9 +11,9 @@ flags=("$@")
 PATH="${VIRTUAL_ENV:-${CONDA_PREFIX:-$home/.venv}}/bin:$PATH"
 export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 # else a log lags behind
 
-ask() { python -P -m augcon.plan "$@"; }
+ask() { python -P -m augcon.run.plan "$@"; }
 # Of what runs like this nothing stays when this script ends, however it ends.
-alone() { python -P -m augcon.processes "$@"; }
+alone() { python -P -m augcon.machine.processes "$@"; }
 with_server() {
     if [ "$server" = given ]; then alone "$@"; else python "$home/serve.py" "${flags[@]}" -- "$@"; fi
 }
@@ -74,7 +74,7 @@ while true; do
         2)
             echo "== Step 2: scorer, rank and filter"
             if [ "$scorer" = tiny ] && [ ! -e "$AUGCON_SCORER_MODEL" ]; then
-                python -P -m augcon.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null
+                python -P -m augcon.demo.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null
                 mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
             fi
             port="$(ask port)"

@@ -15,12 +15,13 @@ from typing import Any
 
 import datasets
 
-from augcon import training, tuning
-from augcon.adapters import TrainedWith, companions_digest, fingerprint, model_folder
 from augcon.errors import UserError, one_line, stage
-from augcon.masking import Encoder, Example, hold_out, load_encoder
-from augcon.ranks import on_main, one_voice, processes, tell
-from augcon.results import Results
+from augcon.run.results import Results
+from augcon.train import base as training
+from augcon.train import sft as tuning
+from augcon.train.adapters import TrainedWith, companions_digest, fingerprint, model_folder
+from augcon.train.chat import Encoder, Example, hold_out, load_encoder
+from augcon.train.ranks import on_main, one_voice, processes, tell
 from config import Settings, load_settings
 
 

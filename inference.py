@@ -22,18 +22,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from augcon import judge, progress
-from augcon.corpus import Unreadable, read_corpus
+from augcon import progress
 from augcon.errors import UserError, stage
-from augcon.judge import Grades
-from augcon.llm import LLM, Refused, Reply, Request
-from augcon.ordered import map_in_order
-from augcon.prompts import Prompts
-from augcon.recipes import corpus_source, prompts_for, report_calls, say, server
-from augcon.replies import without_thinking
-from augcon.results import Results
-from augcon.store import Store
-from augcon.text import clean, length
+from augcon.llm.client import LLM, Refused, Reply, Request
+from augcon.llm.ordered import map_in_order
+from augcon.llm.store import Store
+from augcon.method import judging as judge
+from augcon.method.judging import Grades
+from augcon.run.corpus import Unreadable, read_corpus
+from augcon.run.recipes import corpus_source, prompts_for, report_calls, say, server
+from augcon.run.results import Results
+from augcon.text.parse import without_thinking
+from augcon.text.prompts import Prompts
+from augcon.text.units import clean, length
 from config import Settings, load_settings
 
 

@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 
 import config
-from augcon import progress, training
-from augcon.adapters import Adapter, TrainedWith, base_shards, model_folder, read_adapter, weights_trained_over
+from augcon import progress
 from augcon.errors import UserError, stage
-from augcon.fidelity import divergence
-from augcon.merging import MERGED_FROM, made_of, merge
-from augcon.results import Results
+from augcon.run.results import Results
+from augcon.train import base as training
+from augcon.train.adapters import Adapter, TrainedWith, base_shards, model_folder, read_adapter, weights_trained_over
+from augcon.train.fidelity import divergence
+from augcon.train.merge import MERGED_FROM, made_of, merge
 from config import load_settings
 
 # Nats per token. Rounding to 16 bits costs less than a tenth of it; an adapter over the wrong weights, more.

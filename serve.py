@@ -12,11 +12,11 @@ import os
 import sys
 import time
 
-from augcon import server
 from augcon.errors import UserError, stage
-from augcon.gpus import memory_given_back, visible_gpus
-from augcon.processes import exit_status, in_charge, start
-from augcon.results import Results
+from augcon.machine import server
+from augcon.machine.gpus import memory_given_back, visible_gpus
+from augcon.machine.processes import exit_status, in_charge, start
+from augcon.run.results import Results
 from config import Settings, load_settings
 
 

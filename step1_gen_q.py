@@ -14,14 +14,16 @@ import math
 import time
 from collections import Counter
 
-from augcon import cst, pairs, progress
-from augcon.corpus import RootContext
+from augcon import progress
 from augcon.errors import stage
-from augcon.llm import LLM, Reply, Request
-from augcon.ordered import map_in_order
-from augcon.recipes import inputs, prompts_for, report_calls, root_contexts, say, server
-from augcon.results import Results, context_row
-from augcon.store import Store
+from augcon.llm.client import LLM, Reply, Request
+from augcon.llm.ordered import map_in_order
+from augcon.llm.store import Store
+from augcon.method import pairs
+from augcon.method import tree as cst
+from augcon.run.corpus import RootContext
+from augcon.run.recipes import inputs, prompts_for, report_calls, root_contexts, say, server
+from augcon.run.results import Results, context_row
 from config import Settings, load_settings
 
 

@@ -15,20 +15,20 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from augcon import progress
-from augcon.corpus import RootContext
-from augcon.diversity import Sweep, rank_and_filter
 from augcon.errors import UserError, stage
-from augcon.pairs import NEGATIVES, ScorerPair
-from augcon.ranks import is_main, on_main, one_voice, processes, rank, tell, wait_for_all
-from augcon.recipes import say
-from augcon.results import Results
-from augcon.scores import KeptScores, key
+from augcon.method.diversity import Sweep, rank_and_filter
+from augcon.method.pairs import NEGATIVES, ScorerPair
+from augcon.run.corpus import RootContext
+from augcon.run.recipes import say
+from augcon.run.results import Results
+from augcon.train.ranks import is_main, on_main, one_voice, processes, rank, tell, wait_for_all
+from augcon.train.scores import KeptScores, key
 from config import Settings, load_settings
 
 if TYPE_CHECKING:  # what imports torch waits until the settings are known to be right
     import peft
 
-    from augcon.scorer import Encoder
+    from augcon.train.scorer import Encoder
 
 Queries = dict[int, list[tuple[str, str]]]
 
@@ -44,7 +44,7 @@ def main() -> None:
         if is_main():  # what is wrong with the input is said before anything slow
             held.enter_context(results.held())
             step_1 = read_step_1(settings, results)
-        from augcon import training
+        from augcon.train import base as training
 
         training.start_processes()
         roots, queries, pairs = on_main(lambda: step_1)
@@ -76,7 +76,8 @@ def train_and_score(
     settings: Settings, results: Results, roots: list[RootContext], queries: Queries, pairs: list[ScorerPair]
 ) -> dict[str, float]:
     """The score of every query by its key, from the scorer that is there or a new one."""
-    from augcon import scorer, training
+    from augcon.train import base as training
+    from augcon.train import scorer
 
     base = settings.scorer_model or settings.model
     base_digest = on_main(lambda: training.check_base(base))
@@ -142,7 +143,7 @@ def train(
     made_of: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains and saves the scorer; returns what is known of it."""
-    from augcon import scorer
+    from augcon.train import scorer
 
     held, words = scorer.hold_out(pairs, {root.root: root.article for root in roots}, rules.seed)
     unseen = set(map(id, held))
@@ -182,7 +183,7 @@ def report(facts: dict[str, Any]) -> None:
 
 def plan(kept: KeptScores, encoder: "Encoder", texts: dict[str, tuple[str, str]]) -> list[int]:
     """Puts every (context, question) that is in no batch yet into one; returns which batches are to be scored."""
-    from augcon import scorer
+    from augcon.train import scorer
 
     kept.read()
     planned = {name for batch in kept.plan for name in batch}
@@ -200,7 +201,8 @@ def score(
     missing: list[int],
 ) -> None:
     """Scores this process's share of the batches, keeping each as it comes."""
-    from augcon import scorer, training
+    from augcon.train import base as training
+    from augcon.train import scorer
 
     mine = missing[rank() :: processes()]
     tokens, started = 0, time.monotonic()

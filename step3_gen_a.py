@@ -18,16 +18,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from augcon import alignment, progress
-from augcon.alignment import Answered, Graded, Search
+from augcon import progress
 from augcon.errors import UserError, stage
-from augcon.llm import LLM
-from augcon.ordered import map_in_order
-from augcon.prompts import load_prompts
-from augcon.recipes import prompts_for, qa_examples, report_calls, say, server
-from augcon.results import Results
-from augcon.store import Store
-from augcon.text import length
+from augcon.llm.client import LLM
+from augcon.llm.ordered import map_in_order
+from augcon.llm.store import Store
+from augcon.method import answers as alignment
+from augcon.method.answers import Answered, Graded, Search
+from augcon.run.recipes import prompts_for, qa_examples, report_calls, say, server
+from augcon.run.results import Results
+from augcon.text.prompts import load_prompts
+from augcon.text.units import length
 from config import Settings, load_settings
 
 Query = tuple[int, str, str]  # root, context, question

@@ -22,11 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import demo_engine  # noqa: E402
 
-from augcon.corpus import read_corpus, split_article  # noqa: E402
-from augcon.llm import LLM, Request, Server  # noqa: E402
-from augcon.ordered import map_in_order  # noqa: E402
-from augcon.prompts import load_prompts  # noqa: E402
-from augcon.store import Store  # noqa: E402
+from augcon.llm.client import LLM, Request, Server  # noqa: E402
+from augcon.llm.ordered import map_in_order  # noqa: E402
+from augcon.llm.store import Store  # noqa: E402
+from augcon.run.corpus import read_corpus, split_article  # noqa: E402
+from augcon.text.prompts import load_prompts  # noqa: E402
 
 IN_FLIGHT = 64
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import jieba  # noqa: E402
 from rouge_chinese import Rouge  # noqa: E402
 
-from augcon.diversity import Sweep, rank_and_filter  # noqa: E402
+from augcon.method.diversity import Sweep, rank_and_filter  # noqa: E402
 
 THRESHOLD = 0.7
 QUOTA = 15

@@ -24,8 +24,9 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from augcon import training, tuning  # noqa: E402
-from augcon.masking import IGNORED, Example  # noqa: E402
+from augcon.train import base as training  # noqa: E402
+from augcon.train import sft as tuning  # noqa: E402
+from augcon.train.chat import IGNORED, Example  # noqa: E402
 
 SHAPES = {  # width, inner width, layers, heads, key and value heads, words
     "qwen1.5-32b": (5120, 27392, 64, 40, 8, 152064),
@@ -118,7 +119,7 @@ def random_nf4(shape: str) -> transformers.PreTrainedModel:
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerBase:
     """Any tokenizer: the pairs are tokens already, only the pad token is asked for."""
-    from augcon.tiny_model import make_tiny_model
+    from augcon.demo.tiny_model import make_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
         make_tiny_model(Path(folder) / "tiny", ["any text"], vocabulary=300)

@@ -34,7 +34,7 @@ def main() -> None:
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
     engine = subprocess.Popen(
-        [sys.executable, "-m", "augcon.demo_engine", "--port", str(port), "--latency", str(options.latency)],
+        [sys.executable, "-m", "augcon.demo.engine", "--port", str(port), "--latency", str(options.latency)],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
     )

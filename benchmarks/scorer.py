@@ -16,10 +16,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from augcon import ranks, scorer, training  # noqa: E402, I001
-from augcon.corpus import read_corpus, split_article  # noqa: E402
-from augcon.pairs import ScorerPair  # noqa: E402
-from augcon.tiny_model import make_tiny_model  # noqa: E402
+from augcon.train import ranks  # noqa: E402, I001
+from augcon.train import scorer  # noqa: E402
+from augcon.train import base as training  # noqa: E402
+from augcon.run.corpus import read_corpus, split_article  # noqa: E402
+from augcon.method.pairs import ScorerPair  # noqa: E402
+from augcon.demo.tiny_model import make_tiny_model  # noqa: E402
 
 import bitsandbytes  # noqa: E402
 import torch  # noqa: E402

@@ -67,7 +67,7 @@ class Engine:
 
 def demo_engine(port: int | None = None, latency: float = 0) -> Engine:
     port = port or free_port()
-    command = [sys.executable, "-m", "augcon.demo_engine", "--port", str(port), "--latency", str(latency)]
+    command = [sys.executable, "-m", "augcon.demo.engine", "--port", str(port), "--latency", str(latency)]
     return Engine(command, port)
 
 

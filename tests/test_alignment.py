@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augcon.alignment import AnswerRules, Graded, Search, answer_question, plan_search, read_examples, try_example
 from augcon.errors import UserError
-from augcon.llm import Refused, Reply, Request
-from augcon.prompts import load_prompts
+from augcon.llm.client import Refused, Reply, Request
+from augcon.method.answers import AnswerRules, Graded, Search, answer_question, plan_search, read_examples, try_example
+from augcon.text.prompts import load_prompts
 
 ZH = load_prompts("zh")
 CHINESE = [(f"第{n}段。", f"第{n}个问题是什么？", f"第{n}个回答。") for n in range(6)]

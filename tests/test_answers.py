@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augcon.answers import GRADE_LABELS, is_refusal, mentions_text, parse_answer, parse_grade
-from augcon.prompts import load_prompts
-from augcon.replies import Unparseable
+from augcon.text.checks import GRADE_LABELS, is_refusal, mentions_text, parse_answer, parse_grade
+from augcon.text.parse import Unparseable
+from augcon.text.prompts import load_prompts
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
 CONTEXT = "蜂蜡布怕热，不能用开水烫洗。它可以反复使用一年左右。"

@@ -9,21 +9,22 @@ import pytest
 import torch
 from conftest import ROOT, clean_environment
 
-from augcon.tiny_model import make_tiny_model
+from augcon.demo.tiny_model import make_tiny_model
 
 CONTEXT, QUESTION, ANSWER = "面包店早上七点开门，因为工人要吃早饭。", "面包店几点开门？", "七点开门。"
 TRAIN = """
 import json, sys
 from pathlib import Path
-from augcon import training
+from augcon.train import base as training
 
 training.can_bf16 = lambda: True
 arguments = training.common_arguments
 training.common_arguments = lambda *a, **b: arguments(*a, **b) | {"gradient_checkpointing": True, "logging_steps": 1}
 training.start_processes()
-from augcon import scorer, tuning
-from augcon.masking import load_encoder
-from augcon.pairs import NEGATIVES, ScorerPair
+from augcon.train import scorer
+from augcon.train import sft as tuning
+from augcon.train.chat import load_encoder
+from augcon.method.pairs import NEGATIVES, ScorerPair
 
 base, folder, context, question, answer = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 tokenizer = training.load_tokenizer(str(base))

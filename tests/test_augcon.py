@@ -132,7 +132,7 @@ def test_a_step_whose_file_is_gone_is_run_again_alone(small: tuple[Path, str], c
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 def test_all_steps_with_a_real_vllm(tmp_path: Path, mark: Mark):
     """A model of random weights that ends often: its noise passes for questions, grades and answers."""
-    from augcon.tiny_model import make_tiny_model
+    from augcon.demo.tiny_model import make_tiny_model
 
     model = tmp_path / "tiny"
     make_tiny_model(model, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])

@@ -20,7 +20,7 @@ import torch
 import transformers
 from conftest import ROOT, clean_environment, free_port, run, says_one_line
 
-from augcon.tiny_model import make_tiny_model
+from augcon.demo.tiny_model import make_tiny_model
 
 pytestmark = pytest.mark.slow
 

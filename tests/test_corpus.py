@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon import text
-from augcon.corpus import SHORT, RootContext, read_corpus, split_article, split_corpus
 from augcon.errors import UserError
+from augcon.run.corpus import SHORT, RootContext, read_corpus, split_article, split_corpus
+from augcon.text import units as text
 
 FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
 ROWS = datasets.Dataset.from_dict({"article": ["甲。", "B."], "title": ["一", "two"]})

@@ -8,11 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from augcon import cst, pairs
-from augcon.corpus import RootContext
-from augcon.llm import Refused, Reply, Request
-from augcon.prompts import load_prompts
-from augcon.text import length, sentences
+from augcon.llm.client import Refused, Reply, Request
+from augcon.method import pairs
+from augcon.method import tree as cst
+from augcon.run.corpus import RootContext
+from augcon.text.prompts import load_prompts
+from augcon.text.units import length, sentences
 
 PROMPTS = load_prompts("zh")
 RULES = cst.TreeRules()

@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon.demo_engine import MODEL, cut
-from augcon.demo_rules import halve, reply_to
-from augcon.diversity import DiverseQueries, rouge_l_precision
-from augcon.prompts import as_text, load_prompts
-from augcon.text import length, words
+from augcon.demo.engine import MODEL, cut
+from augcon.demo.rules import halve, reply_to
+from augcon.method.diversity import DiverseQueries, rouge_l_precision
+from augcon.text.prompts import as_text, load_prompts
+from augcon.text.units import length, words
 
 ROOT = Path(__file__).parents[1]
 ZH, EN = load_prompts("zh"), load_prompts("en")
@@ -50,7 +50,7 @@ def test_the_same_request_gets_the_same_reply_and_another_seed_another():
 
 def test_replies_do_not_depend_on_the_process():
     code = (
-        "from augcon.demo_rules import reply_to\nfrom augcon.prompts import load_prompts\n"
+        "from augcon.demo.rules import reply_to\nfrom augcon.text.prompts import load_prompts\n"
         "p = load_prompts('zh')\n"
         "print([reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).identity + "
         "reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).text "
@@ -281,7 +281,7 @@ def free_port() -> int:
 
 
 def start(port: int, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "augcon.demo_engine", "--port", str(port), *arguments]
+    command = [sys.executable, "-m", "augcon.demo.engine", "--port", str(port), *arguments]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_chinese import Rouge
 
-from augcon.diversity import DiverseQueries, Sweep, rank_and_filter, rouge_l_precision
-from augcon.text import words
+from augcon.method.diversity import DiverseQueries, Sweep, rank_and_filter, rouge_l_precision
+from augcon.text.units import words
 
 FEW_WORDS = st.lists(st.sampled_from("abcd"), max_size=12)
 CHINESE = st.text(st.sampled_from("面包店早上六点开门为什么怎样的人在哪里，？"), min_size=1, max_size=40)

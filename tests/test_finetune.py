@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from standins import fake_gpus, with_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from augcon import training, tuning
 from augcon.errors import UserError
-from augcon.masking import IGNORED, Encoder, Example, hold_out, load_encoder
+from augcon.train import base as training
+from augcon.train import sft as tuning
+from augcon.train.chat import IGNORED, Encoder, Example, hold_out, load_encoder
 
 torch.set_num_threads(1)
 

@@ -8,11 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augcon.demo_rules import reply_to
-from augcon.judge import Grades, JudgeRules, compare_all, grade_all, mean_of, parse_grades, parse_verdict, plot, summary
-from augcon.llm import Refused, Reply, Request
-from augcon.prompts import load_prompts
-from augcon.replies import Unparseable
+from augcon.demo.rules import reply_to
+from augcon.llm.client import Refused, Reply, Request
+from augcon.method.judging import (
+    Grades,
+    JudgeRules,
+    compare_all,
+    grade_all,
+    mean_of,
+    parse_grades,
+    parse_verdict,
+    plot,
+    summary,
+)
+from augcon.text.parse import Unparseable
+from augcon.text.prompts import load_prompts
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
 RULES = JudgeRules(tries=3)

@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from augcon import llm as llm_module
 from augcon.errors import UserError
-from augcon.llm import LLM, STRIKES, Refused, Reply, Request, Server
-from augcon.ordered import map_in_order
-from augcon.store import Store
+from augcon.llm import client as llm_module
+from augcon.llm.client import LLM, STRIKES, Refused, Reply, Request, Server
+from augcon.llm.ordered import map_in_order
+from augcon.llm.store import Store
 from tests.scripted_server import (
     Behaviour,
     ScriptedServer,

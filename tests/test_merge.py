@@ -15,10 +15,10 @@ from conftest import run, says_one_line
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
 
-import augcon.merging
-from augcon import training
-from augcon.adapters import TrainedWith, fingerprint
-from augcon.tiny_model import make_tiny_model
+import augcon.train.merge
+from augcon.demo.tiny_model import make_tiny_model
+from augcon.train import base as training
+from augcon.train.adapters import TrainedWith, fingerprint
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other cost more
 
@@ -228,7 +228,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_done(
             raise OSError(28, "No space left on device")
         save_file(tensors, file, metadata)
 
-    monkeypatch.setattr(augcon.merging, "save_file", save)
+    monkeypatch.setattr(augcon.train.merge, "save_file", save)
     status, _, error = merge("--lora", other.lora, "--output", out)
     assert status == 1 and "cannot be written" in error and "No space left" in error
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}

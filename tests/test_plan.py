@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from augcon.errors import UserError
-from augcon.plan import check_and_plan, next_step, way
+from augcon.run.plan import check_and_plan, next_step, way
 from config import Settings, load_settings
 
 Facts = dict[str, int] | None

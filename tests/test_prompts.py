@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon import prompts as room
-from augcon.demo_rules.recognition import recognise
-from augcon.diversity import rouge_l_precision
+from augcon.demo.rules.recognition import recognise
 from augcon.errors import UserError
-from augcon.prompts import Prompts, as_text, disarm, load_prompts
-from augcon.text import language, length, words
+from augcon.method.diversity import rouge_l_precision
+from augcon.text import prompts as room
+from augcon.text.prompts import Prompts, as_text, disarm, load_prompts
+from augcon.text.units import language, length, words
 
 BOTH = [load_prompts("zh"), load_prompts("en")]
 both = pytest.mark.parametrize("prompts", BOTH, ids=["zh", "en"])

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from augcon.prompts import load_prompts
-from augcon.replies import Unparseable, parse_question, parse_split
-from augcon.text import Language, clean
+from augcon.text.parse import Unparseable, parse_question, parse_split
+from augcon.text.prompts import load_prompts
+from augcon.text.units import Language, clean
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
 BY_HAND = [

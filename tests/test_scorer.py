@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from augcon import scorer, training
+from augcon.demo.tiny_model import FAMILIES, make_tiny_model
 from augcon.errors import UserError
-from augcon.pairs import NEGATIVES, ScorerPair
-from augcon.scores import KeptScores, key
-from augcon.tiny_model import FAMILIES, make_tiny_model
+from augcon.method.pairs import NEGATIVES, ScorerPair
+from augcon.train import base as training
+from augcon.train import scorer
+from augcon.train.scores import KeptScores, key
 
 CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
 QUESTION = "面包店为什么早上六点开门？"

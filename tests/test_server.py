@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from standins import Mark, fake_gpus, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
-from augcon.gpus import check_numbers, visible_gpus
-from augcon.server import Parallel, attention_heads, parallel, port_of
+from augcon.machine.gpus import check_numbers, visible_gpus
+from augcon.machine.server import Parallel, attention_heads, parallel, port_of
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
 # A command that notes the server's address and goes on; a child of it leaves its group, and may heed no SIGTERM.
@@ -110,7 +110,7 @@ def test_a_server_that_dies_stops_the_command_and_tells(tmp_path: Path, mark: Ma
     command, noted = lasting(tmp_path)
     process = serve(mark, "--demo", "--results", tmp_path / "r", "--", *command)
     wait_for(noted)
-    os.kill(mark.pid("augcon.demo_engine"), signal.SIGKILL)
+    os.kill(mark.pid("augcon.demo.engine"), signal.SIGKILL)
     done = ended(process)
     assert says_one_line(done, "the server has ended (status -9)", "server.log")
     assert "  | " in done.stderr and "NOT a language model" in done.stderr  # the end of the log

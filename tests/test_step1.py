@@ -16,10 +16,10 @@ import datasets
 import pytest
 from conftest import ROOT, SHARED_CORPUS, Engine, clean_environment, demo_engine, run, says_one_line, start
 
-from augcon.cst import OUTCOMES
-from augcon.diversity import DiverseQueries
-from augcon.pairs import NEGATIVES
-from augcon.text import clean, length
+from augcon.method.diversity import DiverseQueries
+from augcon.method.pairs import NEGATIVES
+from augcon.method.tree import OUTCOMES
+from augcon.text.units import clean, length
 
 MADE = ("contexts.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
 

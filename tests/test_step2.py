@@ -14,9 +14,9 @@ import datasets
 import pytest
 from conftest import ROOT, Engine, clean_environment, free_port, run, says_one_line, start
 
-from augcon.diversity import DiverseQueries
-from augcon.pairs import NEGATIVES
-from augcon.tiny_model import make_tiny_model
+from augcon.demo.tiny_model import make_tiny_model
+from augcon.method.diversity import DiverseQueries
+from augcon.method.pairs import NEGATIVES
 
 FLAGS = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3", "--max-refills", 2)
 MADE = ("scores.jsonl", "filtered_queries.json", "finished.json")

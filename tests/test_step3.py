@@ -15,8 +15,8 @@ import pytest
 from conftest import ROOT, Engine, clean_environment, demo_engine, run, says_one_line, start
 from scripted_server import Behaviour, ScriptedServer, prompt_of, refuses, says
 
-from augcon.diversity import DiverseQueries
-from augcon.prompts import load_prompts
+from augcon.method.diversity import DiverseQueries
+from augcon.text.prompts import load_prompts
 
 MADE = ("sft_origins.jsonl", "dropped_queries.jsonl", "example_search.json")
 REQUESTS = "vllm:request_success_total"

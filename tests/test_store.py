@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from augcon.errors import UserError
-from augcon.store import Store
+from augcon.llm.store import Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ["", "黄河之水天上来\n😀", "a\0b", "\ud800 lone \udfff", "</s>'\";--"]
@@ -40,7 +40,7 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Code that uses a store, in a process of its own."""
     head = (
         "import asyncio, os, resource, signal, sys\nfrom pathlib import Path\n"
-        "from augcon.errors import UserError\nfrom augcon.store import Store\n"
+        "from augcon.errors import UserError\nfrom augcon.llm.store import Store\n"
     )
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon.text import clean, language, length, paragraphs, sentences, size, units, words
+from augcon.text.units import clean, language, length, paragraphs, sentences, size, units, words
 
 NASTY = st.text(st.sampled_from("字，。？！；…“”‘’」）\"'.!? \n\t\u3000aAe.g1-—·é👩\u200dไ臺"), max_size=60)
 ANY = NASTY | st.text(max_size=80)

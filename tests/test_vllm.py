@@ -25,7 +25,7 @@ CORPUS = [
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    from augcon.tiny_model import make_tiny_model
+    from augcon.demo.tiny_model import make_tiny_model
 
     model = tmp_path_factory.mktemp("model") / "tiny"
     make_tiny_model(model, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])

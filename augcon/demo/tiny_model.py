@@ -1,0 +1,103 @@
+"""A chat model of a few hundred thousand random parameters, made on the spot, where no real one can run.
+
+It knows nothing and writes noise; the code that serves, scores, trains and merges it is the real one.
+
+    python -m augcon.demo.tiny_model FOLDER
+"""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from augcon.errors import UserError, one_line
+
+# The special tokens of each family, with which of them begins a text, ends a turn and pads, and its chat template
+# in short. Llama and the first Mistrals have no token to pad with.
+_CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_INST = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
+    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+_HEADERS = (
+    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
+    "{{ message.content }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+_LLAMA_3 = [
+    "<|begin_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+]
+_OLDER = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": _INST}
+FAMILIES: dict[str, tuple[str, list[str], dict[str, str]]] = {
+    "qwen2": (
+        "Qwen2",
+        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML},
+    ),
+    "llama2": ("Llama", ["<unk>", "<s>", "</s>"], _OLDER),
+    "llama3": ("Llama", _LLAMA_3, {"bos_token": _LLAMA_3[0], "eos_token": _LLAMA_3[-1], "chat_template": _HEADERS}),
+    "mistral": ("Mistral", ["<unk>", "<s>", "</s>"], _OLDER),
+}
+
+
+def make_tiny_model(
+    folder: Path, texts: Iterable[str], vocabulary: int = 2000, seed: int = 0, family: str = "qwen2"
+) -> None:
+    """Writes a model with random weights, and a BPE tokenizer trained on ``texts``, to ``folder``.
+
+    ``family`` is one of FAMILIES; the tokens of control and the chat template are like those of that family.
+    """
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    architecture, special, roles = FAMILIES[family]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    if first := roles.get("bos_token"):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
+        )
+    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+    transformers.set_seed(seed)
+    config = getattr(transformers, f"{architecture}Config")(
+        vocab_size=len(wrapped),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=wrapped.bos_token_id,
+        eos_token_id=wrapped.eos_token_id,
+        pad_token_id=wrapped.pad_token_id,
+        dtype="bfloat16",
+    )
+    model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.bfloat16)
+    model.generation_config.eos_token_id = wrapped.eos_token_id
+    model.save_pretrained(folder)
+    wrapped.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m augcon.demo.tiny_model FOLDER")
+    from augcon.run.corpus import read_corpus
+
+    bundled = Path(__file__).parent.parent.parent / "DailyM"
+    try:
+        make_tiny_model(Path(sys.argv[1]), (text for text in read_corpus(str(bundled), "article") if text))
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {one_line(error)}")
