@@ -1,0 +1,150 @@
+"""The nouns of AugCon, named as in the paper: what goes from one part to the next.
+
+Lengths are in AugCon's unit: one per CJK character, one per run of other non-space characters.
+"""
+
+import dataclasses
+from collections.abc import Awaitable, Callable
+from typing import Literal, get_args
+
+Message = dict[str, str]  # "role" and "content"
+Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RootContext:
+    """A continuous chunk of an article, from which trees grow.
+
+    ``article`` is the row in the corpus; ``start`` and ``end`` are offsets in characters in the cleaned article, so
+    that the contexts of an article, joined in order, give back its text. ``quota`` is the number of pairs wanted.
+    """
+
+    root: int
+    article: int
+    start: int
+    end: int
+    length: int
+    quota: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Query:
+    """A question about a context. ``id`` is ``root:pass:path``, made by the tree, and stays with the query.
+
+    ``path`` leads from the root context to the node: "" is the root itself, "12" the second half of the first.
+    A query that a person added to a file of queries has the id ``root:added:number``.
+    """
+
+    id: str
+    root: int
+    context: str
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a tree and what became of it.
+
+    ``query`` is None where the context was not asked (too short) or no query could be had (not parseable, failed).
+    "done": the query is kept, and the halves were visited or are no shorter than their context. "hallucinated": the
+    query is kept, the halves are not. ``detail`` gives the reason.
+    """
+
+    root: int
+    pass_number: int
+    path: str
+    context: str
+    query: str | None
+    outcome: Outcome
+    detail: str = ""
+
+    @property
+    def id(self) -> str:
+        """The id of the node and of its query."""
+        return f"{self.root}:{self.pass_number}:{self.path}"
+
+    @property
+    def asked(self) -> list[Query]:
+        """The query of this node, if it has one."""
+        return [] if self.query is None else [Query(self.id, self.root, self.context, self.query)]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScorerPair:
+    """A query of a tree and a worse one for the same context; ``type`` says how the worse one was made.
+
+    ``id`` and ``root`` are those of the better query.
+    """
+
+    context: str
+    pos_query: str
+    neg_query: str
+    type: str
+    root: int
+    id: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Example:
+    """A context, a question and its answer, written by a person."""
+
+    context: str
+    question: str
+    answer: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Answer:
+    """What came of a query: the answer, or None with the reason and the last reply; ``tries`` counts replies."""
+
+    text: str | None
+    tries: int
+    reason: str = ""
+    reply: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pair:
+    """A question and its answer: a row of SFT data or of a model's outputs."""
+
+    question: str
+    answer: str
+
+
+# Asking the LLM
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked: messages, sampling parameters, and ``sample``, the number of this draw of them.
+
+    ``max_tokens`` limits the reply. ``end`` are stop strings, ``text_end`` further ones for the completions endpoint,
+    where a model would go on with a turn of its own. ``pattern`` is a regular expression that the server holds the
+    reply to.
+    """
+
+    messages: list[Message]
+    temperature: float
+    max_tokens: int
+    sample: int = 0
+    end: tuple[str, ...] = ()
+    text_end: tuple[str, ...] = ()
+    pattern: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back. ``complete`` is false when the server cut it off (``finish_reason`` "length")."""
+
+    text: str
+    complete: bool
+
+
+Ask = Callable[[Request], Awaitable[Reply]]
+
+
+class Refused(Exception):
+    """The server will never answer this one request; the message says why. Other requests go on."""
