@@ -114,6 +114,15 @@ class Pair:
     answer: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grades:
+    """What a judge thinks of an answer; each from 1 to 5."""
+
+    relevance: int
+    accuracy: int
+    satisfaction: int
+
+
 # Asking the LLM
 
 
