@@ -17,3 +17,20 @@ def bar(total: int, what: str, unit: str) -> "tqdm[None]":
         dynamic_ncols=live,
         ncols=None if live else 110,
     )
+
+
+class Share:
+    """A part of a bar that fills step by step, never beyond ``size``."""
+
+    def __init__(self, bar: "tqdm[None]", size: int) -> None:
+        self.bar, self.left = bar, size
+
+    def step(self) -> None:
+        """Fills one more, if there is room."""
+        self.bar.update(min(self.left, 1))
+        self.left = max(self.left - 1, 0)
+
+    def finish(self) -> None:
+        """Fills what is left."""
+        self.bar.update(self.left)
+        self.left = 0
