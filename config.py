@@ -1,16 +1,19 @@
-"""Every setting of AugCon: default, bounds, unit and reason; the defaults are the paper's.
+"""Every setting of AugCon: default, bounds, unit and reason. The defaults are the paper's.
 
-A setting is taken from the command line (``--min-length 30``), else from the environment
-(``AUGCON_MIN_LENGTH=30``), else from this file. All scripts share this one schema.
+A setting comes from the command line (``--min-length 30``), else from the environment (``AUGCON_MIN_LENGTH=30``),
+else from this file. All scripts take all settings.
 """
 
+import argparse
+import dataclasses
 import difflib
 import os
 import re
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -19,16 +22,25 @@ from augcon.errors import UserError
 
 PREFIX = "AUGCON_"
 _LOOKS_LIKE_A_KEY = re.compile(r"(--[^\s=]*(?:api|key|token)[^\s=]*[\s=]+)(?!--)\S+", re.IGNORECASE)
+Part = TypeVar("Part")
 
 
-def operational(default: Any, description: str, **bounds: Any) -> Any:
-    """A setting that changes how a run goes, not what comes out of it."""
-    return Field(default, description=description, json_schema_extra={"step": 0}, **bounds)
+def setting(group: str, stage: str, default: Any, description: str, **bounds: Any) -> Any:
+    """A setting: its group in --help, the first stage whose outcome it changes ("" for none), and what Field takes."""
+    return Field(default, description=description, json_schema_extra={"group": group, "stage": stage}, **bounds)
 
 
-def outcome(step: int, default: Any, description: str, **bounds: Any) -> Any:
-    """A setting that changes the outcome of ``step`` and of every step after it."""
-    return Field(default, description=description, json_schema_extra={"step": step}, **bounds)
+# The groups of --help, each followed by the stage that its settings belong to where they change an outcome.
+_shared = partial(setting, "every script")
+_corpus = partial(setting, "corpus")
+_server = partial(setting, "server")
+_serving = partial(setting, "serve.py and augcon.sh")
+_trees = partial(setting, "step 1")
+_scorer = partial(setting, "step 2")
+_answers = partial(setting, "step 3")
+_tuning = partial(setting, "fine-tuning")
+_merging = partial(setting, "merging")
+_inference = partial(setting, "inference and judging")
 
 
 class Settings(BaseSettings):
@@ -38,170 +50,160 @@ class Settings(BaseSettings):
         env_prefix=PREFIX,
         extra="forbid",
         frozen=True,
-        cli_prog_name=Path(sys.argv[0]).name,
         cli_kebab_case=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
         cli_avoid_json=True,
-        cli_exit_on_error=False,
         str_strip_whitespace=True,
     )
 
-    # Where things are
-    results: str = operational("results", "folder for everything that is made; one folder a corpus", min_length=1)
-    corpus: str = operational(
+    results: str = _shared("", "results", "folder for the results; one folder for each corpus and model", min_length=1)
+    model: str = _shared(
+        "", "Qwen/Qwen1.5-32B-Chat", "base model, a hub name or folder: it is served, scores and is tuned", min_length=1
+    )
+    redo: bool = _shared("", False, "agree that results made with other settings, examples or texts are replaced")
+    seed: int = _shared("step 1", 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
+
+    corpus: str = _corpus(
+        "",
         "DailyM",
         "articles: a dataset saved to disk, a hub name, a .jsonl, .json, .csv, .tsv or .parquet file, "
         "or a folder of .txt and .md files",
         min_length=1,
     )
-    text_field: str = operational("article", "the field of the corpus that holds the text", min_length=1)
-
-    # The LLM and its server
-    model: str = outcome(
-        2,
-        "Qwen/Qwen1.5-32B-Chat",
-        "base model, a hub name or folder: asks, is asked, scores and is tuned",
-        min_length=1,
+    text_field: str = _corpus("", "article", "the field of the corpus that holds the text", min_length=1)
+    max_length: int = _corpus(
+        "step 1", 500, "longest root context; unit: one per CJK character or other word (paper 4.1)", ge=20, le=100_000
     )
-    api_base: str = operational(
-        "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server", pattern=r"^https?://\S+$"
+    quota_unit: int = _corpus(
+        "step 1", 35, "length of a root context, in that unit, for each pair wanted from it (paper 4.2)", ge=1
     )
-    api_key: SecretStr = operational(SecretStr("EMPTY"), "key for the server; never printed or saved")
-    api_model: str = operational(
-        "", "name by which the server knows the model; empty: the only one it serves, or the model setting"
-    )
-    completions: bool = outcome(1, False, "use the completions endpoint, for a base model that has no chat template")
-    structured_output: bool = outcome(
-        1,
-        False,
-        "hold the server to the form of the reply (vLLM's structured_outputs); for models that stray from it",
-    )
-    max_in_flight: int = operational(256, "requests under way at once; vLLM's own default batch", ge=1, le=65536)
-    request_timeout: float = operational(
-        300, "seconds for one request; 4,096 tokens at a full batch take about 200", gt=0, le=86400
-    )
-    server_wait: float = operational(
-        600,
-        "seconds to wait for a server that went away before the run stops, everything kept",
-        ge=0,
-        le=604800,
+    language: Literal["auto", "zh", "en"] = _corpus(
+        "step 1", "auto", "language of the prompts; auto: that of each root context"
     )
 
-    # The server that AugCon starts itself
-    demo: bool = operational(False, "in place of the model, the demonstration engine: rules, not an LLM")
-    tensor_parallel: int = operational(
-        0, "GPUs that share one copy of the model; 0: as many as there are and its heads allow", ge=0
+    api_base: str = _server(
+        "", "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server", pattern=r"^https?://\S+$"
     )
-    serve_arguments: str = operational("", "further arguments for vLLM, in one string")
+    api_key: SecretStr = _server("", SecretStr("EMPTY"), "key for the server; never printed or saved")
+    api_model: str = _server(
+        "", "", "the server's name for the model; empty: the only one it serves, or the model setting"
+    )
+    completions: bool = _server(
+        "step 1", False, "use the completions endpoint, for a base model that has no chat template"
+    )
+    structured_output: bool = _server(
+        "step 1", False, "have the server enforce the form of replies (vLLM's structured_outputs)"
+    )
+    max_in_flight: int = _server("", 256, "requests under way at once; vLLM's own default batch", ge=1, le=65536)
+    request_timeout: float = _server(
+        "", 300, "seconds for one request; 4,096 tokens at a full batch take about 200", gt=0, le=86400
+    )
+    server_wait: float = _server(
+        "", 600, "seconds to wait for a server that stopped answering before the run stops", ge=0, le=604800
+    )
 
-    # Root contexts
-    max_length: int = outcome(
-        1,
-        500,
-        "longest root context; unit: one per CJK character or other word (paper 4.1)",
-        ge=20,
-        le=100_000,
+    demo: bool = _serving("", False, "serve the demonstration engine, which answers by rules and is not an LLM")
+    tensor_parallel: int = _serving(
+        "", 0, "GPUs that share one copy of the model; 0: as many as there are and its heads allow", ge=0
     )
-    language: Literal["auto", "zh", "en"] = outcome(
-        1, "auto", "language of the prompts; auto: that of each root context"
-    )
-    quota_unit: int = outcome(1, 35, "one pair wanted per this much length of a root context (paper 4.2)", ge=1)
+    serve_arguments: str = _serving("", "", "further arguments for vLLM, in one string")
 
-    # Step 1: Context-Split-Tree
-    min_length: int = outcome(1, 20, "λ: a shorter context is asked nothing (paper 3.2); unit as max-length", ge=1)
-    rouge_threshold: float = outcome(
-        1,
+    min_length: int = _trees("step 1", 20, "λ: no query for a shorter context (paper 3.2); unit as max-length", ge=1)
+    rouge_threshold: float = _trees(
+        "step 1",
         0.7,
-        "ROUGE-L precision: halves below it are hallucinated, queries at or above it are too alike (paper 3.2, 3.3)",
+        "ROUGE-L precision below which a half is hallucinated, and from which queries are too alike (paper 3.2, 3.3)",
         gt=0,
         le=1,
     )
-    query_temperature: float = outcome(1, 0.85, "sampling temperature for queries (paper 4.1)", ge=0, le=2)
-    query_max_tokens: int = outcome(1, 1024, "most tokens of a reply with a query and two halves", ge=16)
-    tries: int = outcome(1, 4, "times a node is asked until its reply parses", ge=1, le=100)
-    oversample: float = outcome(
-        1, 1.15, "mutually diverse queries to gather, in quotas, for step 2 to choose from", ge=1, le=100
+    query_temperature: float = _trees("step 1", 0.85, "sampling temperature for queries (paper 4.1)", ge=0, le=2)
+    query_max_tokens: int = _trees("step 1", 1024, "most tokens of a reply with a query and two halves", ge=16)
+    tries: int = _trees("step 1", 4, "replies asked for until one can be parsed", ge=1, le=100)
+    oversample: float = _trees(
+        "step 1", 1.15, "mutually diverse queries to gather for step 2 to choose from, in quotas", ge=1, le=100
     )
-    max_passes: int = outcome(1, 6, "most trees grown over one root context to fill its quota", ge=1, le=1000)
-    negatives: int = outcome(1, 500, "scorer pairs per type of negative (paper 4.1)", ge=0)
+    max_passes: int = _trees("step 1", 6, "most trees grown over a root context to fill its quota", ge=1, le=1000)
+    negatives: int = _trees("step 1", 500, "scorer pairs for each type of negative (paper 4.1)", ge=0)
 
-    # Step 2: scorer, rank, filter, refill
-    scorer_model: str = outcome(
-        2, "", "base of the scorer, a hub name or folder; empty: the model setting. A small one does for most people"
+    scorer_model: str = _scorer(
+        "scorer", "", "base of the scorer, a hub name or folder; empty: the model setting. A small one is often enough"
     )
-    scorer_epochs: int = outcome(2, 4, "passes over the scorer's pairs (paper 4.1)", ge=1, le=1000)
-    scorer_batch: int = outcome(2, 4, "scorer pairs per GPU and step (paper 4.1)", ge=1)
-    scorer_learning_rate: float = outcome(2, 5e-5, "peak learning rate of the scorer (paper 4.1)", gt=0, le=1)
-    scorer_max_tokens: int = outcome(
-        2, 2048, "longest context and question in tokens; a longer context is cut, the question stays", ge=64
+    scorer_epochs: int = _scorer("scorer", 4, "epochs over the scorer's pairs (paper 4.1)", ge=1, le=1000)
+    scorer_batch: int = _scorer("scorer", 4, "scorer pairs per GPU and step (paper 4.1)", ge=1)
+    scorer_learning_rate: float = _scorer("scorer", 5e-5, "peak learning rate of the scorer (paper 4.1)", gt=0, le=1)
+    scorer_max_tokens: int = _scorer(
+        "scorer", 2048, "longest context and query in tokens; a longer context is cut, the query stays whole", ge=64
     )
-    score_only: bool = operational(False, "step 2: train nothing, use the scorer that is there")
-    sweep_threshold: float = outcome(
-        2,
+    score_only: bool = _scorer("", False, "train nothing and use the scorer that is there")
+    sweep_threshold: float = _scorer(
+        "step 2",
         0.9,
-        "a question whose ROUGE-L precision with one of another root context is at least this, both ways, is a "
-        "duplicate and goes; 0: no such sweep. Higher than within a root: the same question about another thing stays",
+        "ROUGE-L precision, both ways, from which a query is a duplicate of one of another root context; 0: look for "
+        "none. Higher than within a root, where the same question about another thing may stay",
         ge=0,
         le=1,
     )
-    max_refills: int = outcome(
-        2,
+    max_refills: int = _scorer(
+        "step 2",
         1,
         "times that root contexts short of their quota after step 2 go back to step 1 for one more tree",
         ge=0,
         le=100,
     )
 
-    # Step 3: answers
-    qa_examples: str = operational(
+    qa_examples: str = _answers(
+        "",
         "qa_examples.jsonl,qa_examples_en.jsonl",
         "example answers written by people: .jsonl files of context, question, answer, separated by commas; "
-        "each question gets examples of its own language where there are some",
+        "a query gets examples in its own language where there are any",
         min_length=1,
     )
-    answer_temperature: float = outcome(3, 0.2, "sampling temperature for answers (paper 4.1)", ge=0, le=2)
-    answer_max_tokens: int = outcome(3, 4096, "most tokens of an answer (paper 4.1)", ge=16)
-    demonstrations: int = outcome(3, 3, "examples shown with each question", ge=1, le=20)
-    candidates: int = outcome(3, 16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
-    answer_tries: int = outcome(3, 3, "times an answer is asked for until nothing is wrong with it", ge=1, le=100)
+    answer_temperature: float = _answers("step 3", 0.2, "sampling temperature for answers (paper 4.1)", ge=0, le=2)
+    answer_max_tokens: int = _answers("step 3", 4096, "most tokens of an answer (paper 4.1)", ge=16)
+    answer_tries: int = _answers("step 3", 3, "answers asked for until nothing is wrong with one", ge=1, le=100)
+    examples_shown: int = _answers("step 3", 3, "examples shown with each query", ge=1, le=20)
+    candidates: int = _answers("step 3", 16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
 
-    # Fine-tuning
-    epochs: int = outcome(4, 4, "passes over the pairs (paper 4.1)", ge=1, le=1000)
-    batch: int = outcome(
-        4, 4, "pairs per GPU and step, on average, for they are packed by length (paper 4.1); more is faster", ge=1
+    data: str = _tuning(
+        "", "", "pairs to train on: a saved dataset or a file of question and answer; empty: sft_data of the results"
     )
-    learning_rate: float = outcome(4, 5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
-    max_tokens: int = outcome(4, 4096, "longest question and answer in tokens; the end of a longer one is cut", ge=16)
-    held_out: float = outcome(
-        4, 0.05, "share of the pairs that is not trained on and gives the held-out loss", ge=0, le=0.5
+    epochs: int = _tuning("finetune", 4, "epochs over the pairs (paper 4.1)", ge=1, le=1000)
+    batch: int = _tuning(
+        "finetune", 4, "pairs per GPU and step on average, as they are packed by length (paper 4.1)", ge=1
     )
-    quantize: Literal["auto", "nf4", "none"] = outcome(
-        4,
-        "auto",
-        "the base in training: 4-bit NF4 or plain; auto: nf4 on a GPU with bf16. merge.py reads what it was",
+    learning_rate: float = _tuning("finetune", 5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
+    max_tokens: int = _tuning(
+        "finetune", 4096, "longest question and answer in tokens; a longer answer loses its end", ge=16
     )
-
-    # Merging
-    lora: str = operational("", "adapter to merge, a folder; empty: LoRA in the results folder")
-    base: str = operational("", "the adapter's base model, a hub name or folder; empty: the one that the adapter names")
-    output: str = operational("", "folder for the merged model; empty: sft_model in the results folder")
-    check: bool = operational(False, "compare the merged model's next words with those of base and adapter")
-
-    # Inference and its judge
-    questions: str = operational(
+    held_out: float = _tuning(
+        "finetune", 0.05, "share of the pairs that is held out from training for the held-out loss", ge=0, le=0.5
+    )
+    quantize: Literal["auto", "nf4", "none"] = _tuning(
+        "finetune", "auto", "the base in training: 4-bit NF4 or plain; auto: nf4 on a GPU with bf16"
+    )
+    output: str = _tuning(
         "",
-        "questions for the tuned model: a file or dataset as for the corpus, or .txt with one a line; "
-        "empty: the test split of the corpus",
-    )
-    question_field: str = operational("question", "the field that holds the question", min_length=1)
-    outputs: str = operational("", "folder for the answers; empty: outputs in the results folder")
-    judge: str = operational(
-        "", "answer nothing, but let the server's model grade the answers in these folders, separated by commas"
+        "",
+        "folder that finetune.py writes to (empty: the results folder), or merge.py (empty: sft_model beside the "
+        "adapter)",
     )
 
-    # Any random choice
-    seed: int = outcome(1, 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
+    lora: str = _merging("", "", "adapter to merge, a folder; empty: LoRA in the results folder")
+    base: str = _merging("", "", "base model of the adapter, a hub name or folder; empty: the one that it names")
+
+    questions: str = _inference(
+        "",
+        "",
+        "questions: a file or dataset as for the corpus, or .txt with one a line; empty: the corpus's test split",
+    )
+    question_field: str = _inference("", "question", "the field that holds the question", min_length=1)
+    outputs: str = _inference(
+        "",
+        "",
+        "folder for the answers of inference.py; for judge.py the folders to grade, separated by commas; "
+        "empty: outputs in the results folder",
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Settings":
@@ -209,10 +211,15 @@ class Settings(BaseSettings):
             raise ValueError(f"--min-length {self.min_length} is above --max-length {self.max_length}")
         return self
 
-    def made_with(self) -> dict[str, tuple[int, Any]]:
-        """What changes the outcome: name → (first step that it changes, value)."""
-        steps = {name: field.json_schema_extra["step"] for name, field in type(self).model_fields.items()}
-        return {name: (step, getattr(self, name)) for name, step in steps.items() if step}
+    @classmethod
+    def meta(cls, name: str, key: Literal["group", "stage"]) -> str:
+        """The group or stage of a setting."""
+        extra = cls.model_fields[name].json_schema_extra
+        return str(extra[key]) if isinstance(extra, dict) else ""
+
+    def inputs(self, stage: str) -> dict[str, Any]:
+        """The settings that shape a stage and none before it: name → value."""
+        return {name: getattr(self, name) for name in type(self).model_fields if self.meta(name, "stage") == stage}
 
     def describe(self) -> str:
         """The settings that are not the default, on a few lines; the key is masked."""
@@ -222,22 +229,60 @@ class Settings(BaseSettings):
         return textwrap.fill(", ".join([*changed, rest]), 110, initial_indent="settings: ", subsequent_indent="  ")
 
 
-def load_settings(doc: str) -> Settings:
-    """Settings from the command line and the environment; ``doc`` opens the text of ``--help``.
+def pick(part: type[Part], settings: Settings, prefix: str = "") -> Part:
+    """The settings that a part takes: each field of the dataclass from the setting ``prefix`` + its name, or its name."""
+    names = [field.name for field in dataclasses.fields(part)]  # type: ignore[arg-type]
+    return part(**{name: getattr(settings, prefix + name, getattr(settings, name, None)) for name in names})
 
-    Raises UserError, in one line, for an unknown name or an impossible value.
+
+class _Parser(argparse.ArgumentParser):
+    """Takes the flags of all settings, and shows those of some groups in --help."""
+
+    def __init__(self, doc: str, groups: tuple[str, ...]) -> None:
+        super().__init__(
+            prog=Path(sys.argv[0]).name,
+            usage="%(prog)s [SETTING …]",
+            description=doc.strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        every = dict.fromkeys(Settings.meta(name, "group") for name in Settings.model_fields)
+        shown = [*(groups or list(every)[1:]), "every script"]
+        self.groups = {name: self.add_argument_group(name) for name in shown}
+        if hidden := [name for name in every if name not in shown]:
+            self.epilog = f"The settings of {', '.join(hidden)} are taken too; bash augcon.sh --help shows them all."
+
+    def add_setting(self, _: Any, *flags: str, **how: Any) -> Any:
+        """Adds a flag to the group of its setting."""
+        group = Settings.meta(how["dest"], "group")
+        if group not in self.groups:
+            how["help"] = argparse.SUPPRESS
+        return self.groups.get(group, self).add_argument(*flags, **how)
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(message)
+
+
+def load_settings(doc: str, *groups: str) -> Settings:
+    """Settings from the command line and the environment.
+
+    ``doc`` opens the text of --help, which shows ``groups`` first, and all of them where none is named. Raises
+    UserError, in one line, for an unknown name or an impossible value.
     """
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name in os.environ:
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise UserError(f"the environment sets {name}, which is no setting{_meant(name, known)}; see --help")
-    Settings.__doc__ = doc
+            raise UserError(f"the environment sets {name}, which is not a setting{_meant(name, known)}; see --help")
     # The deepspeed launcher tells each of its processes its number, in the environment too.
     flags = [flag for flag in sys.argv[1:] if not re.match(r"--local[_-]rank(=|$)", flag)]
+    parser = _Parser(doc, groups)
     try:
-        return Settings(_cli_settings_source=CliSettingsSource(Settings, cli_parse_args=flags))
+        source = CliSettingsSource[Any](
+            Settings, cli_parse_args=flags, root_parser=parser, add_argument_method=parser.add_setting
+        )
+        return Settings(_cli_settings_source=source)
     except ValidationError as error:
-        raise UserError("; ".join(map(_say, error.errors()))) from error
+        raise UserError("; ".join(map(_format_problem, error.errors()))) from error
     except SettingsError as error:
         said = _LOOKS_LIKE_A_KEY.sub(r"\1***", str(error).removeprefix("error parsing CLI: "))
         names = {"--" + name.replace("_", "-") for name in Settings.model_fields}
@@ -250,8 +295,8 @@ def _meant(name: str, names: set[str]) -> str:
     return f" (do you mean {close[0]}?)" if close else ""
 
 
-def _say(problem: dict[str, Any]) -> str:
+def _format_problem(problem: Any) -> str:
     if not problem["loc"]:
-        return problem["msg"].removeprefix("Value error, ")
+        return str(problem["msg"]).removeprefix("Value error, ")
     name = "--" + str(problem["loc"][0]).replace("_", "-")
     return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

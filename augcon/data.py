@@ -50,7 +50,7 @@ class Node:
 
     ``query`` is None where the context was not asked (too short) or no query could be had (not parseable, failed).
     "done": the query is kept, and the halves were visited or are no shorter than their context. "hallucinated": the
-    query is kept, the halves are not. ``detail`` gives the reason.
+    query is kept, the halves are not. ``detail`` gives the reason, ``tries`` the number of replies.
     """
 
     root: int
@@ -60,6 +60,7 @@ class Node:
     query: str | None
     outcome: Outcome
     detail: str = ""
+    tries: int = 0
 
     @property
     def id(self) -> str:
@@ -67,8 +68,8 @@ class Node:
         return f"{self.root}:{self.pass_number}:{self.path}"
 
     @property
-    def asked(self) -> list[Query]:
-        """The query of this node, if it has one."""
+    def queries(self) -> list[Query]:
+        """The query of this node, or none."""
         return [] if self.query is None else [Query(self.id, self.root, self.context, self.query)]
 
 

@@ -12,33 +12,35 @@ Result = TypeVar("Result")
 
 async def map_in_order(
     function: Callable[[Item], Awaitable[Result]], items: Iterable[Item], window: int
-) -> AsyncIterator[Result]:
-    """``function`` of each item, many at once, the results in the order of the items.
+) -> AsyncIterator[tuple[Item, Result]]:
+    """Each item with what ``function`` makes of it, many at once, in the order of the items.
 
-    At most ``window`` items are begun and not yet handed on, so that memory stays bounded however long
-    the iterable is. The first exception, wherever it arises, ends all.
+    At most ``window`` items are begun and not yet handed on, so that memory stays bounded however long the iterable
+    is. The first exception, wherever it arises, ends all.
     """
+    begun: deque[tuple[Item, asyncio.Task[Result]]] = deque()
+    source = iter(items)
     failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
 
     def notice(task: asyncio.Task[Result]) -> None:
         if not task.cancelled() and (error := task.exception()) and not failed.done():
             failed.set_result(error)
 
-    begun: deque[asyncio.Task[Result]] = deque()
-    source = iter(items)
     try:
         while True:
             for item in itertools.islice(source, window - len(begun)):
-                begun.append(asyncio.ensure_future(function(item)))
-                begun[-1].add_done_callback(notice)
+                task = asyncio.ensure_future(function(item))
+                task.add_done_callback(notice)
+                begun.append((item, task))
             if not begun:
                 return
-            await asyncio.wait([begun[0], failed], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([begun[0][1], failed], return_when=asyncio.FIRST_COMPLETED)
             if failed.done():
                 raise failed.result()
-            yield begun.popleft().result()
+            item, task = begun.popleft()
+            yield item, task.result()
     finally:
         failed.cancel()
-        for task in begun:
+        for _, task in begun:
             task.cancel()
-        await asyncio.gather(*begun, return_exceptions=True)
+        await asyncio.gather(*(task for _, task in begun), return_exceptions=True)
