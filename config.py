@@ -230,7 +230,7 @@ class Settings(BaseSettings):
 
 
 def pick(part: type[Part], settings: Settings, prefix: str = "") -> Part:
-    """The settings that a part takes: each field of the dataclass from the setting ``prefix`` + its name, or its name."""
+    """The settings that a part takes: each field of the dataclass from the setting ``prefix`` + name, or else name."""
     names = [field.name for field in dataclasses.fields(part)]  # type: ignore[arg-type]
     return part(**{name: getattr(settings, prefix + name, getattr(settings, name, None)) for name in names})
 

@@ -1,5 +1,6 @@
 """Settings: the paper's defaults, a clear precedence, one line on what is amiss, and no key on any screen."""
 
+import dataclasses
 import os
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from augcon.errors import UserError
-from config import PREFIX, Settings, load_settings
+from config import PREFIX, Settings, load_settings, pick
 
+STAGES = ("step 1", "scorer", "step 2", "step 3", "finetune")
 PAPER = {
     "max_length": 500,
     "min_length": 20,
@@ -32,11 +34,11 @@ def load(monkeypatch):
     for name in [name for name in os.environ if name.upper().startswith(PREFIX)]:
         monkeypatch.delenv(name)
 
-    def load(*flags: str, **environment: str) -> Settings:
+    def load(*flags: str, groups: tuple[str, ...] = (), **environment: str) -> Settings:
         monkeypatch.setattr(sys, "argv", ["step1_gen_q.py", *flags])
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        return load_settings("What this script does.")
+        return load_settings("What this script does.", *groups)
 
     return load
 
@@ -129,8 +131,8 @@ def test_lengths_may_be_equal(load):
 def test_the_key_is_had_but_never_shown(load):
     settings = load("--api-key", "sk-secret")
     assert settings.api_key.get_secret_value() == "sk-secret"
-    assert "sk-secret" not in f"{settings.describe()} {settings!r} {settings.made_with()} {settings.model_dump_json()}"
-    assert "api_key" not in settings.made_with()
+    assert "sk-secret" not in f"{settings.describe()} {settings!r} {settings.model_dump_json()}"
+    assert all("api_key" not in settings.inputs(stage) for stage in STAGES)
 
 
 @pytest.mark.parametrize(
@@ -171,10 +173,38 @@ def test_describe_names_the_settings_that_were_changed_and_no_others(load):
     assert max(map(len, load("--corpus", "x" * 80, "--model", "y" * 80).describe().splitlines())) <= 110
 
 
-def test_what_made_the_results_is_what_changes_them(load):
-    made_with = load("--seed", "7").made_with()
-    assert made_with["seed"] == (1, 7) and "corpus" not in made_with and made_with["model"][0] == 2
-    assert not {"results", "api_base", "api_key", "max_in_flight", "server_wait"} & set(made_with)
+def test_help_shows_the_groups_of_the_script_and_those_of_every_script_last(load, capsys):
+    with pytest.raises(SystemExit):
+        load("--help", groups=("step 2",))
+    shown = capsys.readouterr().out
+    assert (
+        shown.index("step 2:") < shown.index("--scorer-epochs") < shown.index("every script:") < shown.index("--seed")
+    )
+    assert "--min-length" not in shown and "step 1" in shown.partition("every script:")[2]  # named, not shown
+    assert load("--min-length", "30", groups=("step 2",)).min_length == 30
+
+
+def test_each_stage_knows_the_settings_that_shape_it(load):
+    settings = load("--seed", "7")
+    assert settings.inputs("step 1")["seed"] == 7
+    assert settings.inputs("step 2") == {"sweep_threshold": 0.9, "max_refills": 1}
+    assert "epochs" in settings.inputs("finetune") and "scorer_epochs" in settings.inputs("scorer")
+    shaping = [name for stage in STAGES for name in settings.inputs(stage)]
+    assert len(shaping) == len(set(shaping))
+    assert not {"results", "corpus", "api_base", "api_key", "max_in_flight", "server_wait", "redo"} & set(shaping)
+
+
+@dataclasses.dataclass
+class Learning:
+    epochs: int
+    max_tokens: int
+    seed: int
+
+
+def test_a_part_picks_the_settings_named_like_its_fields(load):
+    settings = load("--scorer-epochs", "7", "--max-tokens", "99")
+    assert pick(Learning, settings) == Learning(4, 99, 42)
+    assert pick(Learning, settings, "scorer_") == Learning(7, 2048, 42)
 
 
 def test_settings_do_not_change_under_way(load):
