@@ -22,7 +22,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from conftest import demo_engine  # noqa: E402
 
-from augcon.llm.client import LLM, Request, Server  # noqa: E402
+from augcon.data import Request  # noqa: E402
+from augcon.llm.client import LLM, Endpoint  # noqa: E402
 from augcon.llm.ordered import map_in_order  # noqa: E402
 from augcon.llm.store import Store  # noqa: E402
 from augcon.run.corpus import read_corpus, split_article  # noqa: E402
@@ -59,7 +60,7 @@ async def compare(api: str, requests: list[Request]) -> None:
         first = first or milliseconds
         print(f"| {name} | {milliseconds:.2f} ms | {milliseconds / first:.2f} |")
     with tempfile.TemporaryDirectory() as folder, Store(Path(folder) / "replies.sqlite") as store:
-        async with LLM(Server(api, max_in_flight=IN_FLIGHT), store) as llm:
+        async with LLM(Endpoint(api, max_in_flight=IN_FLIGHT), store) as llm:
             await llm.connect("any")
             milliseconds = await measure(llm.ask, requests)
     print(f"| AugCon, with retries and store | {milliseconds:.2f} ms | {milliseconds / first:.2f} |")

@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.llm import client as llm_module
-from augcon.llm.client import LLM, STRIKES, Refused, Reply, Request, Server
+from augcon.llm.client import LLM, STRIKES, Endpoint
 from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
 from tests.scripted_server import (
@@ -52,7 +53,7 @@ def play(main: Coroutine[Any, Any, None], limit: float = 20) -> None:
 @contextlib.asynccontextmanager
 async def connected(server: ScriptedServer, store: Store, **changes: Any) -> AsyncIterator[LLM]:
     """A client of the scripted server."""
-    async with LLM(Server(server.url, **changes), store) as llm:
+    async with LLM(Endpoint(server.url, **changes), store) as llm:
         await llm.connect("model")
         yield llm
 
@@ -90,7 +91,7 @@ def test_results_come_in_order_whatever_the_timing(store: Store):
         script = lambda body, before: says("re: " + prompt_of(body), after=delays.uniform(0, 0.05))  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=32) as llm:
             prompts = [f"question {n}" for n in range(300)]
-            replies = [reply.text async for reply in map_in_order(llm.ask, map(request, prompts), 64)]
+            replies = [reply.text async for _, reply in map_in_order(llm.ask, map(request, prompts), 64)]
         assert replies == ["re: " + prompt for prompt in prompts]
 
     play(main())
@@ -433,7 +434,7 @@ def test_a_server_gone_for_too_long_ends_the_run_and_loses_no_reply(store: Store
             await server.come()
             async with connected(server, store) as again:
                 replies = [
-                    reply.text async for reply in map_in_order(again.ask, (request(f"{n}") for n in range(50)), 8)
+                    reply.text async for _, reply in map_in_order(again.ask, (request(f"{n}") for n in range(50)), 8)
                 ]
             assert replies == [f"re: {n}" for n in range(50)] and again.counts["calls"] == 0
 
@@ -470,8 +471,8 @@ def test_no_server_is_said_after_some_patience(store: Store):
             nowhere = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         for address in (nowhere, "127.0.0.1:8000/v1", "localhost", ""):
             started = time.monotonic()
-            async with LLM(Server(address or "http://[broken"), store) as llm:
-                with pytest.raises(UserError, match="no server answers") as caught:
+            async with LLM(Endpoint(address or "http://[broken"), store) as llm:
+                with pytest.raises(UserError, match="no server answered") as caught:
                     await llm.connect("model")
             assert "--api-base" in str(caught.value) and "\n" not in str(caught.value)
             assert time.monotonic() - started < 3
@@ -483,7 +484,7 @@ def test_a_server_that_was_started_just_before_is_waited_for(store: Store):
     async def main() -> None:
         async with ScriptedServer(echo) as server:
             await server.go()
-            async with LLM(Server(server.url), store) as llm:
+            async with LLM(Endpoint(server.url), store) as llm:
                 connecting = asyncio.create_task(llm.connect("model"))
                 await asyncio.sleep(0.5)
                 await server.come()
@@ -497,9 +498,9 @@ def test_a_server_that_hangs_on_connecting_is_said_after_the_deadline(store: Sto
     async def main() -> None:
         async with (
             ScriptedServer(echo, models=hangs) as server,
-            LLM(Server(server.url, request_timeout=0.3), store) as llm,
+            LLM(Endpoint(server.url, request_timeout=0.3), store) as llm,
         ):
-            with pytest.raises(UserError, match="no server answers"):
+            with pytest.raises(UserError, match="no server answered"):
                 await llm.connect("model")
 
     play(main())
@@ -508,7 +509,7 @@ def test_a_server_that_hangs_on_connecting_is_said_after_the_deadline(store: Sto
 def test_the_model_is_found_or_those_on_offer_are_listed(store: Store):
     async def main() -> None:
         one, two = ScriptedServer(echo, models=("its name",)), ScriptedServer(echo, models=("first", "second"))
-        async with one, two, LLM(Server(one.url), store) as only, LLM(Server(two.url), store) as several:
+        async with one, two, LLM(Endpoint(one.url), store) as only, LLM(Endpoint(two.url), store) as several:
             assert await only.connect("Qwen/Qwen1.5-32B-Chat") == only.model == "its name"
             assert await several.connect("second") == "second"
             assert await several.connect("Qwen/Qwen1.5-32B-Chat", "first") == "first"
@@ -538,7 +539,7 @@ def test_the_model_is_found_or_those_on_offer_are_listed(store: Store):
 )
 def test_a_server_that_lists_no_models_is_used_all_the_same(store: Store, listing: Behaviour):
     async def main() -> None:
-        async with ScriptedServer(echo, models=listing) as server, LLM(Server(server.url), store) as llm:
+        async with ScriptedServer(echo, models=listing) as server, LLM(Endpoint(server.url), store) as llm:
             assert await llm.connect("mine") == "mine"
             await llm.ask(request("x"))
             assert server.bodies[0]["model"] == "mine"
@@ -550,7 +551,7 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
     unknown = always(refuses(404, "The model `mine` does not exist"))
 
     async def main() -> None:
-        async with ScriptedServer(unknown, models=answers("[]")) as server, LLM(Server(server.url), store) as llm:
+        async with ScriptedServer(unknown, models=answers("[]")) as server, LLM(Endpoint(server.url), store) as llm:
             with pytest.raises(UserError, match=r"'mine'.*--api-model"):
                 await llm.connect("mine")
 
@@ -559,7 +560,7 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
 
 def test_a_refused_key_is_said_on_connecting(store: Store):
     async def main() -> None:
-        async with ScriptedServer(echo, models=refuses(401)) as server, LLM(Server(server.url), store) as llm:
+        async with ScriptedServer(echo, models=refuses(401)) as server, LLM(Endpoint(server.url), store) as llm:
             with pytest.raises(UserError, match="AUGCON_API_KEY"):
                 await llm.connect("model")
 
@@ -628,7 +629,7 @@ def test_whatever_differs_in_a_request_it_is_asked_anew(store: Store):
                 ("model", {"completions": True}, [first]),
                 ("other", {}, [first]),
             ]:
-                async with LLM(Server(server.url, **changes), store) as llm:
+                async with LLM(Endpoint(server.url, **changes), store) as llm:
                     await llm.connect(model)
                     for each in asked:
                         await llm.ask(each)
@@ -732,8 +733,8 @@ def test_map_in_order_keeps_order_and_its_bound_on_infinite_iterables():
             await asyncio.sleep(delays.uniform(0, 0.003))
             return number
 
-        async for result in map_in_order(work, itertools.count(), 10):
-            assert result == ended
+        async for item, result in map_in_order(work, itertools.count(), 10):
+            assert item == result == ended
             ended += 1
             most = max(most, begun - ended)
             if ended == 300:

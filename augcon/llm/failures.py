@@ -1,58 +1,105 @@
-"""What can go wrong with a call, and what it is called in counts and messages."""
+"""What a failed call means: whether a retry can help, and what it is called in counts and messages."""
 
 import datetime
 import email.utils
+import math
+import re
 
 import aiohttp
 import openai
 
-from augcon.errors import one_line
+from augcon.data import Refused
+from augcon.errors import UserError, one_line
 
 
 class BadReply(Exception):
-    """An answer with status 200 that is not one of the protocol (a proxy's page, an empty list)."""
+    """A reply with status 200 that does not follow the protocol, such as a proxy's error page."""
 
 
-# The server did not answer at all.
 NO_ANSWER = (openai.APIConnectionError, aiohttp.ClientError, TimeoutError)
+FAILURES = (*NO_ANSWER, openai.APIError, BadReply)  # of a call, as opposed to errors in the program
+WRONG_KEY = (openai.AuthenticationError, openai.PermissionDeniedError)
+TEMPORARY = {408, 409, 425, 429}  # statuses worth a retry, besides those from 500 on
 
 # How servers say that a prompt does not fit the model (vLLM, OpenAI, llama.cpp, TGI, Gemini, ...).
-TOO_LONG = (
-    "context length",
-    "context_length",
-    "context size",
-    "context window",
-    "maximum context",
-    "max_new_tokens",
-    "input token count",
-    "max_model_len",
-    "maximum model length",
-    "prompt is too long",
-    "input is too long",
-    "string too long",
+TOO_LONG = re.compile(
+    "context[ _](length|size|window)|maximum (context|model length)|max_new_tokens|max_model_len|input token count|"
+    "(prompt|input) is too long|string too long",
+    re.IGNORECASE,
 )
 
 
-def message(error: openai.APIStatusError) -> str:
-    """What the server says, in OpenAI's form, FastAPI's or none."""
-    said = error.body
-    if isinstance(said, dict):
-        said = said.get("message") or said.get("detail")
-    return one_line(Exception(said or error.message))
+def final(error: Exception, accepted: bool, api_base: str, model: str, served: list[str]) -> Refused | UserError | None:
+    """What to raise for a failure that no retry can mend; None for any other.
+
+    ``accepted``: the server has answered other requests with the same parameters, so that a refusal concerns this
+    one only. ``model`` was asked for; ``served`` are the models that the server lists.
+    """
+    if not isinstance(error, openai.APIStatusError):
+        return None
+    status, message = error.status_code, describe(error)
+    if isinstance(error, WRONG_KEY):
+        return wrong_key(error, api_base)
+    if error.code == "insufficient_quota":
+        return UserError(f"the account on the server at {api_base} is used up: {message}")
+    if is_too_long(error):
+        return Refused("context too long for the model")
+    if status >= 500 or status in TEMPORARY:
+        return None
+    if status == 404 and "model" in message.lower():
+        return unknown_model(model, api_base, served, f" ({message})")
+    if status == 404:
+        return UserError(
+            f"the server has nothing at {error.request.url} (status 404: {message}); "
+            "correct --api-base, which usually ends in /v1"
+        )
+    if accepted or error.code == "content_filter":
+        return Refused(f"refused with status {status}")
+    return UserError(f"the server at {api_base} refuses all requests of this kind (status {status}): {message}")
 
 
-def words(error: Exception) -> str:
-    """A failure in one line, the transport's own words where the client only says "Connection error."."""
-    return one_line(error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error)
+def wrong_key(error: openai.APIStatusError, api_base: str) -> UserError:
+    """The error for a server that does not accept the key."""
+    return UserError(
+        f"the server at {api_base} refuses the key (status {error.status_code}); set AUGCON_API_KEY or --api-key"
+    )
+
+
+def unknown_model(model: str, api_base: str, served: list[str], detail: str = "") -> UserError:
+    """The error for a server that does not serve ``model``; ``detail`` may quote what the server says."""
+    choice = f"; it serves {', '.join(map(repr, served))}" if served else ""
+    return UserError(f"the server at {api_base} does not serve {model!r}{detail}{choice}; choose with --api-model")
+
+
+def is_too_long(error: openai.APIStatusError) -> bool:
+    """Whether the prompt does not fit the model."""
+    return error.status_code == 413 or bool(TOO_LONG.search(str(error.body)))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the server refuses a request for something other than its length."""
+    return isinstance(error, openai.APIStatusError) and error.status_code in {400, 422} and not is_too_long(error)
+
+
+def describe(error: Exception) -> str:
+    """A failure in one line: the server's own message, or the cause where the client only says "Connection error."."""
+    if isinstance(error, openai.APIConnectionError):
+        return one_line(error.__cause__ or error)
+    if not isinstance(error, openai.APIStatusError):
+        return one_line(error)
+    message = error.body
+    if isinstance(message, dict):  # of OpenAI's form or FastAPI's
+        message = message.get("message") or message.get("detail")
+    return one_line(Exception(message or error.message))
 
 
 def kind(error: Exception) -> str:
-    """What a failure is counted as: "status 503", "timeout", "connection lost" or "bad reply"."""
+    """The name under which a failure is counted: "status 503", "timeout", "connection lost" or "bad reply"."""
     if isinstance(error, openai.APIStatusError):
         return f"status {error.status_code}"
     if isinstance(error, BadReply):
         return "bad reply"
-    # the aiohttp client calls a connection that is refused or lost a ConnectTimeout
+    # The aiohttp transport calls a refused or lost connection a ConnectTimeout.
     timeout = isinstance(error, (TimeoutError, openai.APITimeoutError))
     return "timeout" if timeout and type(error.__cause__).__name__ != "ConnectTimeout" else "connection lost"
 
@@ -66,8 +113,8 @@ def retry_after(error: Exception, limit: float) -> float | None:
         seconds = float(value)
     except ValueError:
         try:
-            when = email.utils.parsedate_to_datetime(value)
-            seconds = (when - datetime.datetime.now(when.tzinfo or datetime.UTC)).total_seconds()
+            date = email.utils.parsedate_to_datetime(value)
+            seconds = (date - datetime.datetime.now(date.tzinfo or datetime.UTC)).total_seconds()
         except (ValueError, TypeError, OverflowError):
             return None
-    return min(max(seconds, 0.0), limit) if seconds == seconds else None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), limit)

@@ -7,7 +7,7 @@ from typing import Any
 
 import config
 from augcon.errors import UserError
-from augcon.llm.client import LLM, Server
+from augcon.llm.client import LLM, Endpoint
 from augcon.method.answers import Example, read_examples
 from augcon.run.corpus import RootContext, read_corpus, split_corpus
 from augcon.text import prompts
@@ -55,11 +55,11 @@ def inputs(settings: Settings, roots: list[RootContext]) -> dict[str, tuple[int,
     }
 
 
-def server(settings: Settings) -> Server:
+def server(settings: Settings) -> Endpoint:
     """The part of the settings that says how to ask."""
-    return Server(
+    return Endpoint(
         api_base=settings.api_base,
-        api_key=settings.api_key.get_secret_value(),
+        api_key=settings.api_key,
         completions=settings.completions,
         max_in_flight=settings.max_in_flight,
         request_timeout=settings.request_timeout,
