@@ -58,9 +58,9 @@ def data(results: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two articles of the bundled corpus, in a folder whose name has a blank."""
+    """Two Chinese articles of the bundled corpus, in a folder whose name has a blank."""
     path = tmp_path_factory.mktemp("a corpus") / "two.jsonl"
-    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:2]
+    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:3:2]
     path.write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
     return path
 

@@ -36,9 +36,9 @@ def outcome_of(results: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two articles of the bundled corpus: enough for trees, small enough for many runs."""
+    """Two Chinese articles of the bundled corpus: enough for trees, small enough for many runs."""
     path = tmp_path_factory.mktemp("corpus") / "two.jsonl"
-    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:2]
+    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:3:2]
     path.write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
     return path
 
@@ -299,7 +299,7 @@ def test_the_bundled_corpus_is_found_from_any_folder(engine: Engine, tmp_path: P
 
 def test_no_server_is_one_line(tmp_path: Path):
     result = run("step1_gen_q.py", "--api-base", "http://127.0.0.1:9/v1", "--results", tmp_path / "r")
-    assert says_one_line(result, "no server answers at http://127.0.0.1:9/v1", "--api-base")
+    assert says_one_line(result, "no server answered at http://127.0.0.1:9/v1", "--api-base")
 
 
 def test_a_base_model_is_asked_through_the_completions_endpoint(engine: Engine, corpus: Path, tmp_path: Path):

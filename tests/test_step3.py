@@ -46,9 +46,9 @@ def by_hand(results: Path, *queries: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def filtered(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The results of step 1 on two articles, filtered and scored by the simplest means."""
+    """The results of step 1 on two Chinese articles, filtered and scored by the simplest means."""
     folder = tmp_path_factory.mktemp("filtered")
-    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:2]
+    articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:3:2]
     (folder / "two.jsonl").write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
     results = folder / "results"
     flags = ["--corpus", folder / "two.jsonl", "--negatives", 0, "--results", results]
