@@ -1,96 +1,103 @@
 #!/usr/bin/env bash
-# The whole method: a corpus becomes SFT data in results/sft_data. Stopped or failed, the same command goes on.
+# The whole method: turns a corpus into SFT data in results/sft_data. After a stop or a failure, the same command
+# continues where it was.
 #
-#   bash augcon.sh [FLAGS…]    every step gets the flags
+#   bash augcon.sh [SETTING …]    every step gets the settings
 #
-# With NVIDIA GPUs, vLLM serves the model on all of them for steps 1 and 3, and they are free for step 2 between.
-# With --api-base or AUGCON_API_BASE that server is asked, and none is started. With neither it is a demonstration.
+# With NVIDIA GPUs, vLLM serves the model on all of them for steps 1 and 3, and step 2 has them in between. With
+# --api-base or AUGCON_API_BASE, that server is asked and none is started. With neither, it is a demonstration.
 set -euo pipefail
 home="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-flags=("$@")
+settings=("$@")
 PATH="${VIRTUAL_ENV:-${CONDA_PREFIX:-$home/.venv}}/bin:$PATH"
 export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 # else a log lags behind
 
-ask() { python -P -m augcon.run.plan "$@"; }
-# Of what runs like this nothing stays when this script ends, however it ends.
-alone() { python -P -m augcon.machine.processes "$@"; }
+plan() { python -P -m augcon.plan "$@" "${settings[@]}"; }
+# Runs a command of which nothing stays when this script ends, however it ends.
+contained() { python -P -m augcon.machine.processes "$@"; }
 with_server() {
-    if [ "$server" = given ]; then alone "$@"; else python "$home/serve.py" "${flags[@]}" -- "$@"; fi
+    if [ "$server" = given ]; then contained "$@"; else python "$home/serve.py" "${settings[@]}" -- "$@"; fi
 }
 
-for flag in "$@"; do
-    if [ "$flag" = --help ] || [ "$flag" = -h ]; then
+needed() { # whether a step has something to do
+    local answer
+    answer="$(plan needed "$1")" || exit 1
+    [ "$answer" = yes ]
+}
+
+step() { # step NUMBER TITLE FUNCTION: runs a step where it is needed
+    if ! needed "$1"; then return; fi
+    local began=$SECONDS
+    printf '\n== Step %s: %s\n' "$1" "$2"
+    "$3"
+    if needed "$1"; then
+        echo "error: step $1 ended without everything that it should have made" >&2
+        exit 1
+    fi
+    echo "== $((SECONDS - began)) s"
+}
+
+make_queries() { with_server python "$home/step1_gen_q.py" "${settings[@]}"; }
+make_answers() { with_server python "$home/step3_gen_a.py" "${settings[@]}"; }
+score_queries() {
+    if [ "$scorer" = tiny ] && [ ! -e "$AUGCON_SCORER_MODEL" ]; then
+        python -P -m augcon.demo.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null
+        mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
+    fi
+    local ranks=(--num_gpus "$gpus")
+    if [ "$gpus" = 0 ]; then
+        local cores
+        cores="$(nproc)"
+        ranks=(--num_gpus "$((cores > 1 ? 2 : 1))")
+        export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}"
+    elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        ranks=() # deepspeed uses those, but only if it is told nothing else
+    fi
+    local port
+    port="$(python -P -c 'from augcon.machine.server import free_port; print(free_port())')"
+    contained deepspeed "${ranks[@]}" --master_port "$port" --quiet "$home/step2_scorer.py" "${settings[@]}"
+}
+
+for setting in "$@"; do
+    if [ "$setting" = --help ] || [ "$setting" = -h ]; then
         sed -n '2,/^set /s/^# \{0,1\}//p' "$home/augcon.sh"
-        settings="$(ask next --help 2>/dev/null)" || settings="options: to see them, run bash install.sh first"
-        sed -n '/^options:/,$p' <<<"$settings"
+        help="$(plan way 2>/dev/null)" || help="options: to see them, run bash install.sh first"
+        sed -n '/^options:/,$p' <<<"$help"
         exit
     fi
 done
 
 bash "$home/install.sh"
-way="$(ask way "$@")"
+way="$(plan way)"
 read -r server scorer gpus results <<<"$way"
-
-ranks=(--num_gpus "$gpus") # of step 2
-if [ "$gpus" = 0 ]; then
-    cores="$(nproc)"
-    ranks=(--num_gpus "$((cores > 1 ? 2 : 1))")
-    export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores / 2 : 1))}"
-elif [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    ranks=() # deepspeed uses those, but only if it is told nothing else
-fi
-
 if [ "$server" = demo ]; then
     export AUGCON_DEMO=1
-    echo "This is a DEMONSTRATION: questions and answers come from rules, not from an LLM, and show only the form."
-    echo "The real thing: the same command on a machine with NVIDIA GPUs, or with --api-base http://SERVER/v1"
+    echo "This is a DEMONSTRATION: queries and answers come from rules, not from an LLM, and show only the form."
+    echo "For real data, run the same command on a machine with NVIDIA GPUs, or with --api-base http://SERVER/v1"
 fi
 if [ "$scorer" = tiny ]; then
-    [ "$server" = demo ] ||
-        echo "warning: no GPU to train the scorer on; a tiny random one ranks poorly, so name a small model with --scorer-model" >&2
+    if [ "$server" != demo ]; then
+        echo "warning: no GPU to train the scorer on, so a tiny random model ranks the queries, and ranks them poorly;" \
+            "name a small model with --scorer-model" >&2
+    fi
     AUGCON_SCORER_MODEL="$(realpath -m -- "$results")/tiny_model" # from wherever it is called
     export AUGCON_SCORER_MODEL
     export AUGCON_SCORER_EPOCHS="${AUGCON_SCORER_EPOCHS:-1}"
     export AUGCON_SCORER_BATCH="${AUGCON_SCORER_BATCH:-8}"
     export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-3e-3}"
 fi
+plan check
 
-before=""
 while true; do
-    step="$(ask next "$@")"
-    if [ "$step" = "done" ]; then break; fi
-    if [ "$step" = "$before" ]; then
-        echo "error: step $step has ended without all that it should have made" >&2
-        exit 1
-    fi
-    before="$step"
-    began=$SECONDS
-    echo
-    case "$step" in
-        1)
-            echo "== Step 1: questions"
-            with_server python "$home/step1_gen_q.py" "$@"
-            ;;
-        2)
-            echo "== Step 2: scorer, rank and filter"
-            if [ "$scorer" = tiny ] && [ ! -e "$AUGCON_SCORER_MODEL" ]; then
-                python -P -m augcon.demo.tiny_model "$AUGCON_SCORER_MODEL.unfinished" >/dev/null
-                mv "$AUGCON_SCORER_MODEL.unfinished" "$AUGCON_SCORER_MODEL"
-            fi
-            port="$(ask port)"
-            alone deepspeed "${ranks[@]}" --master_port "$port" --quiet "$home/step2_scorer.py" "$@"
-            ;;
-        3)
-            echo "== Step 3: answers"
-            with_server python "$home/step3_gen_a.py" "$@"
-            ;;
-    esac
-    echo "== $((SECONDS - began)) s"
+    step 1 queries make_queries
+    step 2 "scorer, rank and filter" score_queries
+    if ! needed 1; then break; fi # step 2 sends root contexts back that are short of their quota
 done
+step 3 answers make_answers
 
-next=(deepspeed finetune.py "$@")
+next=(deepspeed "$home/finetune.py" "${settings[@]}")
 if [ "$server" = demo ]; then next+=(--model "$results/tiny_model" --epochs 1); fi
 echo
-echo "The SFT data is in $results/sft_data. What comes next, in the folder of the project:"
+echo "The SFT data is in $results/sft_data. To fine-tune a model on it:"
 if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then echo "  source $home/.venv/bin/activate"; fi
 echo " $(printf ' %q' "${next[@]}")"

@@ -14,6 +14,14 @@ Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Article:
+    """A text of the corpus, cleaned; ``number`` is its row, from 0."""
+
+    number: int
+    text: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class RootContext:
     """A continuous chunk of an article, from which trees grow.
 
@@ -42,6 +50,17 @@ class Query:
     root: int
     context: str
     text: str
+
+    @property
+    def pass_number(self) -> int | None:
+        """Which tree over the root context it came from, from 0; None for one added by hand."""
+        pass_number = self.id.split(":")[1]
+        return int(pass_number) if pass_number.isdecimal() else None
+
+    @property
+    def path(self) -> str | None:
+        """The path of its node; None for one added by hand."""
+        return None if self.pass_number is None else self.id.rpartition(":")[2]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

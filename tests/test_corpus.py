@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from augcon.data import RootContext
 from augcon.errors import UserError
-from augcon.run.corpus import SHORT, RootContext, read_corpus, split_article, split_corpus
+from augcon.method.contexts import SHORT, split_article, split_corpus
+from augcon.run.corpus import read_corpus, texts
 from augcon.text import units as text
 
 FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
@@ -27,7 +29,7 @@ LONG = st.lists(st.tuples(NASTY, st.integers(1, 40)), max_size=4).map(lambda run
 
 def contexts_of(*rows: object, max_length: int = 500, quota_unit: int = 35) -> tuple[list[RootContext], Counter[str]]:
     skipped: Counter[str] = Counter()
-    return list(split_corpus(iter(rows), max_length, quota_unit, skipped)), skipped
+    return list(split_corpus(texts(rows, skipped), max_length, quota_unit)), skipped
 
 
 # Splitting

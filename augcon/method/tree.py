@@ -3,39 +3,13 @@
 import asyncio
 import dataclasses
 from collections import Counter
-from collections.abc import Awaitable, Callable
-from typing import Literal, TypeVar, get_args
 
-from augcon.llm.client import Refused, Reply, Request
+from augcon.data import Ask, Node, Outcome, Query, Request, RootContext
+from augcon.method.ask import Asked, ask_until_parsed
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
-from augcon.run.corpus import RootContext
-from augcon.text.parse import Unparseable, parse_split
+from augcon.text.parse import parse_split
 from augcon.text.prompts import Prompts
 from augcon.text.units import length, words
-
-Parsed = TypeVar("Parsed")
-Ask = Callable[[Request], Awaitable[Reply]]
-Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-    """A node of a tree and its fate.
-
-    ``path`` leads to it from the root context: "" is the root itself, "12" the second half of the first.
-    ``query`` is None where the context was not asked (too short) or no query could be had (not
-    parseable, failed). "done": the query is kept, and the halves were visited or are no shorter than
-    their context. "hallucinated": the query is kept, the halves are not. ``detail`` gives the reason.
-    """
-
-    root: int
-    path: str
-    pass_number: int
-    context: str
-    query: str | None
-    outcome: Outcome
-    detail: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +18,13 @@ class TreeRules:
 
     min_length: int = 20
     rouge_threshold: float = 0.7
-    temperature: float = 0.85
-    max_tokens: int = 1024
+    query_temperature: float = 0.85
+    query_max_tokens: int = 1024
     tries: int = 4
     oversample: float = 1.15
     max_passes: int = 6
-    pattern_length: int | None = None  # longest root context, where the server is held to the reply's form
+    structured_output: bool = False
+    max_length: int = 500  # of a root context: bounds the halves where the server enforces the form of replies
 
 
 # A tree must stay linear in its text even if a model returns two halves that are each nearly the whole. So
@@ -59,49 +34,9 @@ _LARGEST_HALF = 0.9
 _SMALLEST_SHARE = 0.25  # of min_length
 
 
-async def grow_tree(
-    ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
-) -> list[Node]:
-    """Grows one tree over a root context, both halves of every node at once; nodes in order of their paths.
-
-    ``pass_number`` draws fresh samples. Raises what ``ask`` raises, save Refused, which ends a node.
-    """
-
-    async def visit(spot: _Spot) -> list[Node]:
-        def node(outcome: Outcome, query: str | None = None, detail: str = "") -> Node:
-            return Node(root.root, spot.path, pass_number, spot.context, query, outcome, detail)
-
-        if spot.size < rules.min_length:
-            return [node("too short")]
-        if spot.share < _SMALLEST_SHARE * rules.min_length:
-            return [node("too short", detail="share of the root used up")]
-        try:
-            query, halves = await _query_and_split(ask, prompts, spot.context, rules, pass_number)
-        except Unparseable as error:
-            return [node("not parseable", detail=str(error))]
-        except Refused as error:
-            return [node("failed", detail=str(error))]
-        sizes = [length(half) for half in halves]
-        if max(sizes) >= spot.size:
-            return [node("done", query, "not shorter")]
-        cuts = [words(half) for half in halves]
-        if min(rouge_l_precision(half, spot.words) for half in cuts) < rules.rouge_threshold:
-            return [node("hallucinated", query)]
-        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
-        spots = [_Spot(half, sizes[i], cuts[i], f"{spot.path}{i + 1}", shares[i]) for i, half in enumerate(halves)]
-        if min(sizes) < rules.min_length:  # at most one of them is asked: no need for two tasks
-            first, second = [await visit(spot) for spot in spots]
-        else:
-            first, second = await asyncio.gather(*map(visit, spots))
-        return [node("done", query), *first, *second]
-
-    context = root.text.strip()
-    return await visit(_Spot(context, root.length, words(context), "", root.length))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Spot:
-    """Where a tree has grown to: a context not yet asked, with its length and words and its share of the root."""
+    """Where a tree has grown to: a context not yet asked, its length and words, and its share of the root's length."""
 
     context: str
     size: int
@@ -110,41 +45,68 @@ class _Spot:
     share: float
 
 
-async def _query_and_split(
-    ask: Ask, prompts: Prompts, context: str, rules: TreeRules, pass_number: int
-) -> tuple[str, tuple[str, str]]:
-    pattern = prompts.cst_pattern(rules.pattern_length) if rules.pattern_length else None
-    request = Request(
-        prompts.cst_messages(context),
-        rules.temperature,
-        rules.max_tokens,
-        sample=pass_number * rules.tries,
-        text_end=prompts.end_of_reply(),
-        pattern=pattern,
-    )
-    return await parsed_reply(ask, request, rules.tries, lambda text: parse_split(text, prompts))
+class _Tree:
+    """One tree over a root context; ``pass_number`` draws fresh samples."""
+
+    def __init__(self, ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int) -> None:
+        self.ask, self.prompts, self.root, self.rules, self.pass_number = ask, prompts, root, rules, pass_number
+
+    async def grow(self, spot: _Spot) -> list[Node]:
+        """The node at a spot and all below it, in the order of their paths."""
+        if spot.size < self.rules.min_length:
+            return [self.node(spot, "too short")]
+        if spot.share < _SMALLEST_SHARE * self.rules.min_length:
+            return [self.node(spot, "too short", detail="share of the root used up")]
+        asked = await self.query_and_split(spot.context)
+        if asked.value is None:
+            outcome: Outcome = "failed" if asked.refused else "not parseable"
+            return [self.node(spot, outcome, detail=asked.reason, tries=asked.tries)]
+        query, halves = asked.value
+        sizes = [length(half) for half in halves]
+        if max(sizes) >= spot.size:
+            return [self.node(spot, "done", query, "not shorter", asked.tries)]
+        cuts = [words(half) for half in halves]
+        if min(rouge_l_precision(cut, spot.words) for cut in cuts) < self.rules.rouge_threshold:
+            return [self.node(spot, "hallucinated", query, tries=asked.tries)]
+        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
+        spots = [_Spot(half, sizes[i], cuts[i], f"{spot.path}{i + 1}", shares[i]) for i, half in enumerate(halves)]
+        if min(sizes) < self.rules.min_length:  # at most one of them is asked: no need for two tasks
+            first, second = [await self.grow(half) for half in spots]
+        else:
+            first, second = await asyncio.gather(*map(self.grow, spots))
+        return [self.node(spot, "done", query, tries=asked.tries), *first, *second]
+
+    async def query_and_split(self, context: str) -> Asked[tuple[str, tuple[str, str]]]:
+        """The one call of a node: its query and its halves."""
+        rules, prompts = self.rules, self.prompts
+        request = Request(
+            prompts.cst_messages(context),
+            rules.query_temperature,
+            rules.query_max_tokens,
+            sample=self.pass_number * rules.tries,
+            text_end=prompts.end_of_reply(),
+            pattern=prompts.cst_pattern(rules.max_length) if rules.structured_output else None,
+        )
+        return await ask_until_parsed(self.ask, request, rules.tries, lambda text: parse_split(text, prompts))
+
+    def node(self, spot: _Spot, outcome: Outcome, query: str | None = None, detail: str = "", tries: int = 0) -> Node:
+        return Node(self.root.root, self.pass_number, spot.path, spot.context, query, outcome, detail, tries)
 
 
-async def parsed_reply(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Parsed:
-    """What ``parse`` makes of the reply, asked again for a fresh sample while that is nothing.
+async def grow_tree(
+    ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
+) -> list[Node]:
+    """Grows one tree over a root context, both halves of every node at once; the nodes in the order of their paths.
 
-    Raises what ``ask`` raises, and after ``tries`` replies the Unparseable of the last.
+    ``pass_number`` draws fresh samples. Raises what ``ask`` raises, except Refused, which ends a node.
     """
-    reason = Unparseable("never asked")
-    for attempt in range(tries):
-        end = () if attempt else request.end  # a stop string may have cut the reply short: only once
-        reply = await ask(dataclasses.replace(request, sample=request.sample + attempt, end=end))
-        try:
-            if not reply.complete:
-                raise Unparseable("cut off")
-            return parse(reply.text)
-        except Unparseable as error:
-            reason = error
-    raise reason
+    context = root.text.strip()
+    spot = _Spot(context, root.length, words(context), "", root.length)
+    return await _Tree(ask, prompts, root, rules, pass_number).grow(spot)
 
 
 @dataclasses.dataclass(frozen=True)
-class RootResult:
+class Grown:
     """All trees over one root context, the last ``refills`` of them grown because step 2 left it short.
 
     ``diverse`` counts its mutually diverse queries.
@@ -157,17 +119,22 @@ class RootResult:
     refills: int = 0
 
     @property
+    def first_queries(self) -> list[Query]:
+        """The queries of the trees before the refills."""
+        first = self.passes - self.refills
+        return [query for node in self.nodes if node.pass_number < first for query in node.queries]
+
+    @property
     def shortfall(self) -> str:
         """Why the root context does not have its quota of mutually diverse queries; empty when it has."""
         if self.diverse >= self.root.quota:
             return ""
-        outcomes = Counter(node.outcome for node in self.nodes if node.query is None)
         if any(node.query for node in self.nodes):
             return f"{self.diverse} of {self.root.quota} diverse queries after {self.passes} passes"
-        return ", ".join(outcomes) if outcomes else "nothing to ask"
+        return ", ".join(Counter(node.outcome for node in self.nodes)) or "nothing to ask"
 
 
-async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, refills: int = 0) -> RootResult:
+async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, refills: int = 0) -> Grown:
     """Grows trees until they hold ``oversample`` quotas of mutually diverse queries, or ``max_passes``.
 
     Then ``refills`` trees more, for a root context that step 2 left short.
@@ -181,7 +148,7 @@ async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRu
         tree = await grow_tree(ask, prompts, root, rules, passes)
         passes += 1
         nodes += tree
-        kept = diverse.offer_all(node.query for node in tree if node.query)
+        kept = diverse.offer_all(query.text for node in tree for query in node.queries)
         if tree[0].outcome in {"too short", "failed"}:
             break  # another pass would meet the same
-    return RootResult(root, nodes, passes, kept, refilled)
+    return Grown(root, nodes, passes, kept, refilled)

@@ -1,46 +1,24 @@
-"""Articles in, root contexts with their quota out (paper section 3.2; splitting rules are AugCon's own)."""
+"""Reading articles and questions from any corpus."""
 
 import dataclasses
 import json
 import logging
-import math
-import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 
+from augcon.data import Article
 from augcon.errors import UserError, one_line
-from augcon.text import units as text
-
-
-@dataclasses.dataclass(frozen=True)
-class RootContext:
-    """A continuous chunk of an article.
-
-    ``article`` is the row in the corpus; ``start`` and ``end`` are offsets in the article as
-    ``text.clean`` leaves it, so that the contexts of an article, joined in order, give back its text.
-    ``quota`` is the number of pairs wanted of it.
-    """
-
-    root: int
-    article: int
-    start: int
-    end: int
-    length: int
-    quota: int
-    text: str
-
-
-# Reading
+from augcon.text.units import clean
 
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
-    """Stands for a row that cannot be had, with the reason in a few words, for counting."""
+    """Stands for a row that cannot be read, with the reason in a few words, for counting."""
 
     reason: str
 
@@ -55,7 +33,7 @@ def read_corpus(source: str, field: str, split: str = "train", flag: str = "--te
 
     ``split`` is read where there are several; ``flag`` names the setting of the field in messages.
     ``source`` is a dataset saved to disk, a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder of
-    ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be had comes as Unreadable.
+    ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be read comes as Unreadable.
 
     Raises UserError when there is no such corpus, it cannot be read, or none of its rows has the field.
     """
@@ -160,98 +138,15 @@ def _no_field(source: str, field: str, fields: list[str], flag: str) -> str:
     return f"corpus {source!r} has no field {field!r}; its fields are: {offered}; name one with {flag}"
 
 
-# Splitting
-
-SHORT = 20  # a context under this length would bear no query (the paper's λ): avoided where possible
-CHARACTERS_PER_UNIT = 12  # in a run without spaces: a page of Thai must not pass for one word
-_MID_PARAGRAPH = 1.0  # cost of a cut inside a paragraph, in units of one empty context
-_TOO_SHORT = 2.0
-
-
-def split_article(article: str, max_length: int) -> list[str]:
-    """Cuts an article into contexts of at most ``max_length``; joined in order, they give it back exactly.
-
-    Cuts fall at paragraph ends, else at sentence ends, else (one sentence alone too long) inside it. As a
-    typesetter breaks a paragraph into lines, the cuts are chosen together: few and evenly filled contexts,
-    whole paragraphs where that is possible, none too short to bear a query. Time is linear in the article.
-    """
-    pieces = _pieces(article, max_length)
-    sizes = [_size(piece) for piece in pieces]
-    best = [0.0] + [math.inf] * len(pieces)
-    cut_before = [0] * (len(pieces) + 1)
-    for end in range(1, len(pieces) + 1):
-        inside = end < len(pieces) and not pieces[end - 1].endswith("\n")
-        size = 0
-        for start in range(end - 1, -1, -1):
-            size += sizes[start]
-            if size > max_length and start < end - 1:
-                break
-            cost = best[start] + (1 - size / max_length) ** 2
-            cost += _MID_PARAGRAPH * inside + _TOO_SHORT * (size < SHORT)
-            if cost < best[end]:
-                best[end], cut_before[end] = cost, start
-    contexts, end = [], len(pieces)
-    while end:
-        contexts.append("".join(pieces[cut_before[end] : end]))
-        end = cut_before[end]
-    return contexts[::-1]
-
-
-def _size(piece: str) -> int:
-    return text.size(piece, CHARACTERS_PER_UNIT)
-
-
-def _pieces(article: str, max_length: int) -> list[str]:
-    """What is not cut further: sentences, or parts of those that are too long; the tiniest glued together."""
-    pieces: list[str] = []
-    tiny = min(SHORT, max_length // 25)
-    for paragraph in text.paragraphs(article):
-        for sentence in text.sentences(paragraph):
-            for part in [sentence] if _size(sentence) <= max_length else _hard_cut(sentence, max(1, max_length // 10)):
-                if pieces and _size(pieces[-1]) < tiny and _size(pieces[-1] + part) <= max_length:
-                    pieces[-1] += part
-                else:
-                    pieces.append(part)
-    return pieces
-
-
-def _hard_cut(sentence: str, limit: int) -> Iterator[str]:
-    """Cuts a sentence between its units into parts of at most ``limit``, fine enough to choose the cuts among."""
-    part, size = "", 0
-    for unit in text.units(sentence):
-        for piece in re.findall(rf"\s*\S{{1,{limit * CHARACTERS_PER_UNIT}}}\s*", unit):
-            if part and size + _size(piece) > limit:
-                yield part
-                part, size = "", 0
-            part += piece
-            size += _size(piece)
-    if part:
-        yield part
-
-
-def split_corpus(rows: Iterator[Any], max_length: int, quota_unit: int, skipped: Counter[str]) -> Iterator[RootContext]:
-    """Root contexts of all articles, in corpus order; what is skipped is counted in ``skipped`` by reason.
-
-    The quota of a root context is one pair per ``quota_unit`` of its length, rounded up.
-    """
-    root = 0
+def texts(rows: Iterable[Any], skipped: Counter[str]) -> Iterator[Article]:
+    """The rows that are texts, cleaned, with their numbers. What is skipped is counted in ``skipped`` by reason."""
     for number, row in enumerate(rows):
-        if not isinstance(row, str):
-            skipped[_why_skipped(row)] += 1
-            continue
-        article = text.clean(row)
-        if not article.strip():
+        text = clean(row) if isinstance(row, str) else ""
+        if text.strip():
+            yield Article(number, text)
+        elif isinstance(row, Unreadable):
+            skipped[row.reason] += 1
+        elif isinstance(row, str):
             skipped["empty"] += 1
-            continue
-        start = 0
-        for context in split_article(article, max_length):
-            end = start + len(context)
-            size = text.length(context)
-            yield RootContext(root, number, start, end, size, max(1, math.ceil(size / quota_unit)), context)
-            root, start = root + 1, end
-
-
-def _why_skipped(row: Any) -> str:
-    if isinstance(row, Unreadable):
-        return row.reason
-    return "no text in the field" if row is None else "not a text"
+        else:
+            skipped["no text in the field" if row is None else "not a text"] += 1

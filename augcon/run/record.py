@@ -55,7 +55,7 @@ class Record:
         return stage.finished if stage and stage.made_with == dict(inputs) else None
 
     def begin(self, name: str, inputs: Inputs, made: Iterable[Path], redo: bool) -> bool:
-        """Records that a stage begins; returns whether it was begun with the same inputs before. Raises as ``check``."""
+        """Records that a stage begins; says whether it did so with the same inputs before. Raises as ``check``."""
         self.check(name, inputs, made, redo)
         stages = self.stages()
         before = stages.get(name)

@@ -1,0 +1,90 @@
+"""What augcon.sh asks before it acts. The flags are those of every script.
+
+    python -m augcon.plan way [FLAGS…]
+
+prints who serves, what the scorer is made of, the number of GPUs and the results folder; ``check`` in place of
+``way`` refuses what could not be run to its end; ``needed N`` prints yes or no: whether step N has something to do.
+"""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from augcon.errors import stage
+from augcon.files import digest, read_json
+from augcon.machine.gpus import require_gpu_numbers, visible_gpus
+from augcon.run.results import STEP_2, Results
+from config import Settings, load_settings, pick
+
+DEMO_MODEL = "augcon-demo-not-an-llm"
+
+
+@stage
+def main() -> None:
+    question = sys.argv.pop(1)
+    if question == "way":
+        require_gpu_numbers()
+        print(way(load_settings(__doc__), len(visible_gpus())))
+    elif question == "check":
+        check(load_settings(__doc__), len(visible_gpus()))
+    else:
+        step = int(sys.argv.pop(1))
+        print("yes" if needed(step, Results(load_settings(__doc__).results)) else "no")
+
+
+def way(settings: Settings, gpus: int) -> str:
+    """Who serves, the scorer's base, the number of GPUs, and the results folder.
+
+    The scorer is "tiny" where the model cannot be trained, else the settings' "own".
+    """
+    server = server_of(settings, gpus)
+    trains = settings.scorer_model or server == "vllm" or (server == "given" and gpus)
+    return f"{server} {'own' if trains else 'tiny'} {gpus} {Path(settings.results)}"
+
+
+def server_of(settings: Settings, gpus: int) -> str:
+    """Who serves: the server that is "given", or one that is started, "vllm" or "demo"."""
+    if "api_base" in settings.model_fields_set:
+        return "given"
+    demo = settings.demo if "demo" in settings.model_fields_set else not gpus
+    return "demo" if demo else "vllm"
+
+
+def check(settings: Settings, gpus: int) -> None:
+    """Raises UserError before hours are spent on the steps that come first.
+
+    For a corpus or examples that cannot be read, and for results made with other settings, examples or texts, unless
+    --redo agrees to replace them.
+    """
+    from augcon.run.examples import read_examples  # these take seconds to import, and `needed` does without
+    from augcon.run.inputs import CorpusRules, answer_inputs, read_roots, tree_inputs
+
+    results = Results(settings.results)
+    roots = read_roots(pick(CorpusRules, settings), Counter())
+    examples = read_examples(settings.qa_examples)
+    served = {"demo": DEMO_MODEL, "vllm": settings.api_model or settings.model}.get(server_of(settings, gpus))
+    model = {"model served": served} if served else {}
+    for stage_, inputs in (
+        ("step 1", tree_inputs(settings.inputs("step 1"), roots, settings.language) | model),
+        ("scorer", settings.inputs("scorer")),
+        ("step 2", settings.inputs("step 2")),
+        ("step 3", answer_inputs(settings.inputs("step 3"), examples, ("zh", "en")) | model),
+    ):
+        results.record.check(stage_, inputs, results.made(stage_), settings.redo)
+
+
+def needed(step: int, results: Results) -> bool:
+    """Whether a step has something to do: it has not come to its end, or what it reads has changed since."""
+    finished = results.record.finished(f"step {step}")
+    made = {1: results.queries, 2: results.filtered_queries, 3: results.sft_data}[step]
+    if finished is None or not made.exists():
+        return True
+    if step == 1:  # step 2 sends root contexts back, round by round
+        rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
+        return len(rounds) > finished["refills"]
+    read = results.queries if step == 2 else results.filtered_queries
+    return bool(finished["queries"] != digest(read.read_bytes()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""The figures at the end of a step."""
+
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from augcon.data import Answer
+from augcon.llm.client import LLM
+from augcon.method.answers import Search
+from augcon.method.tree import Grown
+from augcon.text.units import length
+
+
+def format_counts(counts: Mapping[str, int]) -> str:
+    """Counts in words, the largest first; of many, the first eight."""
+    words = [f"{name} {number:,}" for name, number in Counter(counts).most_common()]
+    return ", ".join(words[:8] + [f"and {len(words) - 8:,} more"] * (len(words) > 8))
+
+
+def format_skipped(skipped: Counter[str]) -> str:
+    """What was skipped of a corpus, to be added to a line; nothing where nothing was."""
+    return f", {skipped.total()} skipped ({format_counts(skipped)})" if skipped else ""
+
+
+class TreeFigures:
+    """The figures of step 1's trees, added up root by root."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.lost: Counter[str] = Counter()
+        self.short: list[dict[str, int | str]] = []  # roots short of their quota, with the reason
+        self.roots = self.quota = self.passes = self.refills = self.queries = self.diverse = self.asked_again = 0
+
+    def add(self, grown: Grown) -> None:
+        """Counts the trees of one root context."""
+        self.roots += 1
+        self.quota += grown.root.quota
+        self.passes += grown.passes
+        self.refills += grown.refills
+        self.diverse += grown.diverse
+        for node in grown.nodes:
+            self.outcomes[node.outcome] += 1
+            self.asked_again += max(0, node.tries - 1)
+            self.queries += node.query is not None
+            if node.query is None and node.detail:
+                self.lost[f"{node.outcome}: {node.detail}"] += 1
+        if grown.shortfall:
+            self.short.append({"root": grown.root.root, "quota": grown.root.quota, "reason": grown.shortfall})
+
+    def print(self, short_roots: object) -> None:
+        """Prints the figures; ``short_roots`` is the file that lists the roots short of their quota."""
+        print(
+            f"trees:   {self.outcomes.total():,} nodes in {self.passes:,} passes: {format_counts(self.outcomes)}"
+            + (f"; {self.refills:,} of the passes for roots that step 2 left short" if self.refills else "")
+            + (f"; asked again {self.asked_again:,} times for a reply that can be parsed" if self.asked_again else "")
+        )
+        if self.lost:
+            print(f"lost:    {format_counts(self.lost)}")
+        print(
+            f"queries: {self.queries:,}, of which mutually diverse within their root {self.diverse:,} "
+            f"({self.diverse / self.quota:.2f} of the quota)"
+        )
+        rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
+        print(f"roots:   {self.roots - len(self.short):,} of {self.roots:,} have their quota{rest}")
+
+
+def print_search(search: Search) -> None:
+    """Prints the figures of the search for examples in one language."""
+    whose = "" if search.own else f"no examples in {search.language}, so those in other languages are used; "
+    shown, there = len(search.sets[0]), len(search.examples)
+    if len(search.sets) == 1:
+        print(f"search:  {search.language}: {whose}no choice, {shown} of {there} examples are shown")
+        return
+    means = [mean for candidate in range(len(search.sets)) if (mean := search.mean(candidate)) is not None]
+    ungraded = search.ungraded
+    graded = sum(map(len, search.graded.values())) - ungraded.total()
+    outcome = "no set has half of its answers graded, so the first is used"
+    if means:
+        outcome = f"best mean {max(means):.2f}, mean of all {statistics.fmean(means):.2f}"
+    print(
+        f"search:  {search.language}: {whose}{len(search.sets)} sets of {shown} of {there} examples, "
+        f"{graded:,} answers graded; {outcome}" + (f"; ungraded: {format_counts(ungraded)}" if ungraded else "")
+    )
+
+
+def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
+    """Prints the figures of the answers; ``dropped_queries`` is the file that lists those without one."""
+    kept = [answer.text for answer in answers if answer.text is not None]
+    dropped = Counter(answer.reason for answer in answers if answer.text is None)
+    again = sum(max(0, answer.tries - 1) for answer in answers)
+    print(
+        f"answers: {len(kept):,} of {len(answers):,} queries"
+        + (f"; asked again {again:,} times" if again else "")
+        + (f"; dropped: {format_counts(dropped)}, listed in {dropped_queries}" if dropped else "")
+    )
+    if kept:
+        print(f"length:  {statistics.fmean(map(length, kept)):.0f} on average, in characters or words")
+
+
+def print_calls(llm: LLM, seconds: float) -> None:
+    """Prints the figures of the client."""
+    retries = {kind: number for kind, number in llm.counts.items() if kind.startswith("retries")}
+    calls = llm.counts["calls"]
+    print(
+        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the "
+        f"store, {llm.counts['shared']:,} shared by equal requests, "
+        f"{llm.counts['prompt tokens']:,} prompt and {llm.counts['reply tokens']:,} reply tokens"
+        + (f", {format_counts(retries)}" if retries else "")
+        + f"; {seconds:.0f} s"
+    )

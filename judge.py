@@ -1,0 +1,174 @@
+"""Lets a model judge outputs of inference.py, of one model or of several (paper section 4).
+
+Reads the folders of outputs. Asks the served model, the judge, to grade each answer from 1 to 5; of two models it also
+says for each question whose answer is better. Writes into results/: judge.jsonl (the grades by question), judge.json
+(means with 95% intervals) and judge.png.
+
+    python judge.py --outputs results/outputs,base/outputs --api-base https://… --api-model judge
+"""
+
+import asyncio
+import dataclasses
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from augcon.data import Grades, Pair, Reply, Request
+from augcon.errors import UserError, stage
+from augcon.files import read_dataset, write_json, write_lines
+from augcon.llm.client import LLM, Endpoint
+from augcon.llm.ordered import map_in_order
+from augcon.llm.store import Store
+from augcon.method.judging import SCORES, JudgeRules, Mean, compare, grade, means_of
+from augcon.progress import bar
+from augcon.run.inputs import prompts_for
+from augcon.run.report import format_counts, print_calls
+from augcon.run.results import Results
+from config import Settings, load_settings, pick
+
+
+@dataclasses.dataclass
+class Judgement:
+    """What the judge thinks: by folder the grades of each answer, and of two folders which answer is better.
+
+    A text in place of grades or a number says why there is none; 2 stands for neither.
+    """
+
+    questions: list[str]
+    grades: dict[str, list[Grades | str]]
+    better: list[int | str]
+
+    @property
+    def verdicts(self) -> list[str | None]:
+        """The folder with the better answer to each question, or "neither"; None where it is not known."""
+        return [[*self.grades, "neither"][place] if isinstance(place, int) else None for place in self.better]
+
+
+@stage
+def main() -> None:
+    settings = load_settings(__doc__, "inference and judging", "server")
+    print(settings.describe(), flush=True)
+    results = Results(settings.results)
+    with results.held(), Store(results.store) as store:
+        asyncio.run(judge_outputs(settings, results, store))
+
+
+async def judge_outputs(settings: Settings, results: Results, store: Store) -> None:
+    """The recipe: outputs, grades, preferences where there are two, table and picture."""
+    started = time.monotonic()
+    outputs = read_outputs(settings, results)
+    number = len(next(iter(outputs.values())))
+    async with LLM(pick(Endpoint, settings), store) as llm:
+        model = await llm.connect(settings.model, settings.api_model)
+        print(f"judge:   {model!r} at {settings.api_base}; {number:,} questions, {len(outputs)} answers to each")
+        judgement = await ask_judge(settings, llm, outputs)
+        write_judgement(settings, results, model, judgement)
+        print_calls(llm, time.monotonic() - started)
+        print(f"made:    {results.judged}, {results.judge}, {results.judge_plot}")
+
+
+def read_outputs(settings: Settings, results: Results) -> dict[str, list[Pair]]:
+    """The pairs in each folder of outputs. Raises UserError when they do not answer the same questions."""
+    names = [name.strip() for name in (settings.outputs or str(results.outputs)).split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--outputs {settings.outputs!r} names no folder of outputs")
+    outputs = {name: read_dataset(Path(name), Pair, "inference.py") for name in names}
+    asked = [pair.question for pair in outputs[names[0]]]
+    for name, pairs in outputs.items():
+        if [pair.question for pair in pairs] != asked:
+            raise UserError(f"--outputs: the questions in {name!r} are not those in {names[0]!r}, in the same order")
+    return outputs
+
+
+async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence[Pair]]) -> Judgement:
+    """Has every answer graded, and of two folders the answers compared."""
+    rules, window = pick(JudgeRules, settings), 2 * settings.max_in_flight
+    folders = list(outputs.values())
+    questions = [pair.question for pair in folders[0]]
+    coin = random.Random(settings.seed)
+    swapped = [coin.random() < 0.5 for _ in questions]
+    with bar(len(questions) * (len(folders) + (len(folders) == 2)), "judging", "calls") as progress:
+
+        async def ask(request: Request) -> Reply:
+            reply = await llm.ask(request)
+            progress.update(request.sample == 0)
+            return reply
+
+        async def graded(pair: Pair) -> Grades | str:
+            return await grade(ask, prompts_for(pair.question, settings.language), pair, rules)
+
+        async def compared(place: int) -> int | str:
+            first, second = folders[0][place], folders[1][place]
+            prompts = prompts_for(first.question, settings.language)
+            return await compare(ask, prompts, first, second, swapped[place], rules)
+
+        grades = {
+            name: [each async for _, each in map_in_order(graded, pairs, window)] for name, pairs in outputs.items()
+        }
+        places = range(len(questions)) if len(folders) == 2 else ()
+        better = [each async for _, each in map_in_order(compared, places, window)]
+    return Judgement(questions, grades, better)
+
+
+def write_judgement(settings: Settings, results: Results, model: str, judged: Judgement) -> None:
+    """Writes, prints and draws what the judge thinks. Raises UserError where nothing could be graded."""
+    rows: list[dict[str, object]] = [
+        {"question": question, "grades": {name: grades_row(of[n]) for name, of in judged.grades.items()}}
+        for n, question in enumerate(judged.questions)
+    ]
+    for row, verdict in zip(rows, judged.verdicts, strict=False):
+        row["better"] = verdict
+    write_lines(results.judged, rows)
+    means = {name: means_of(of, settings.seed) for name, of in judged.grades.items()}
+    summary: dict[str, object] = {"judge": model}
+    for name, of in judged.grades.items():
+        graded = sum(isinstance(each, Grades) for each in of)
+        scores = {score: dataclasses.asdict(means[name][score]) if graded else None for score in SCORES}
+        summary[name] = {"graded": graded, "ungraded": len(of) - graded, **scores}
+        words = ", ".join(f"{score} {mean}" for score, mean in means[name].items()) or "none"
+        print(f"grades:  {name}: {words}; {graded:,} of {len(of):,} answers graded")
+    if judged.better:
+        won = Counter(verdict or "undecided" for verdict in judged.verdicts)
+        summary["better"] = {name: won[name] for name in (*judged.grades, "neither", "undecided")}
+        print("better:  " + ", ".join(f"{name} {won[name]:,}" for name in (*judged.grades, "neither", "undecided")))
+    reasons = Counter(each for of in (*judged.grades.values(), judged.better) for each in of if isinstance(each, str))
+    if reasons:
+        print(f"lost:    {format_counts(reasons)}")
+    drawn = {name: of["satisfaction"] for name, of in means.items() if of}
+    if not drawn:
+        raise UserError(
+            f"no answer could be graded ({format_counts(reasons)}); try another judge or --structured-output"
+        )
+    write_json(results.judge, summary)
+    plot(results.judge_plot, drawn)
+
+
+def grades_row(graded: Grades | str) -> dict[str, int] | None:
+    """The grades of an answer for the table; None where there are none."""
+    return dataclasses.asdict(graded) if isinstance(graded, Grades) else None
+
+
+def plot(path: Path, means: Mapping[str, Mean]) -> None:
+    """One picture: the mean satisfaction with each folder of outputs, with its interval, in the order given."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(max(4.0, 1.6 * len(means)), 4), layout="constrained")
+    ends = [[of.mean - of.low for of in means.values()], [of.high - of.mean for of in means.values()]]
+    axes.errorbar(range(len(means)), [of.mean for of in means.values()], yerr=ends, fmt="o-", capsize=5)
+    for place, of in enumerate(means.values()):
+        axes.annotate(f"{of.mean:.2f}", (place, of.mean), xytext=(7, 4), textcoords="offset points")
+    axes.set_xticks(range(len(means)), list(means), rotation=20 if len(means) > 2 else 0)
+    axes.set_xlim(-0.5, len(means) - 0.5)
+    axes.set_ylabel("satisfaction (1 to 5), mean and 95% interval")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150, format="png")
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()
