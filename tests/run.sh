@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, then runs the linters and the tests. Arguments are passed on to pytest.
 #
-#   bash tests/run.sh                          all tests, a real vLLM server among them
-#   bash tests/run.sh -m "not slow"            the fast ones
+#   bash tests/run.sh                           all tests, a real vLLM server among them
+#   bash tests/run.sh -m "not slow"             the fast ones
 #   bash tests/run.sh tests/test_diversity.py   those of one file
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
