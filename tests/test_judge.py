@@ -1,4 +1,4 @@
-"""What the judge's replies mean, and what becomes of its grades."""
+"""How the judge is asked, and what becomes of its grades."""
 
 import asyncio
 import statistics
@@ -16,93 +16,14 @@ from augcon.method.judging import (
     compare_all,
     grade_all,
     mean_of,
-    parse_grades,
-    parse_verdict,
     plot,
     summary,
 )
-from augcon.text.parse import Unparseable
+from augcon.text.parse import parse_grades, parse_verdict
 from augcon.text.prompts import load_prompts
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
 RULES = JudgeRules(tries=3)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "相关性：4\n准确性：5\n满意度：3",
-        "相关性: 4\n\n准确性: 5\n满意度: 3\n",
-        "**相关性：4**\n**准确性：5**\n**满意度：3**",
-        "相关性：４分\n准确性：５分\n满意度：３分",
-        "相关性：4/5，准确性：5/5，满意度：3/5",
-        "<think>相关性：1</think>相关性：4\n准确性：5\n满意度：3。",
-    ],
-)
-def test_three_grades_are_read(reply: str):
-    assert parse_grades(reply, ZH) == Grades(relevance=4, accuracy=5, satisfaction=3)
-
-
-def test_three_grades_are_read_in_english():
-    assert parse_grades("Relevance: 4\naccuracy: 5\nSatisfaction: 3/5", EN) == Grades(4, 5, 3)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        *(
-            "",
-            "4",
-            "4\n5\n3",
-            "相关性：4\n准确性：5",
-            "相关性：4\n准确性：5\n满意度：6",
-            "相关性：4\n准确性：5\n满意度：0",
-        ),
-        *("准确性：5\n相关性：4\n满意度：3", "相关性：4\n准确性：5\n满意度：好", "相关性：N\n准确性：N\n满意度：N"),
-        *(
-            "相关性：4\n准确性：5\n满意度：3\n总分：12",
-            "<think>相关性：4\n准确性：5\n满意度：3",
-            "相关性：4.5\n准确性：5\n满意度：3",
-        ),
-        "相关性：4\n准确性：5\n满意度不是 3",
-    ],
-)
-def test_anything_else_is_no_grade(reply: str):
-    with pytest.raises(Unparseable):
-        parse_grades(reply, ZH)
-
-
-@pytest.mark.parametrize(
-    ("reply", "prompts", "verdict"),
-    [
-        ("结论：一更好", ZH, 0),
-        ("**结论：二更好。**", ZH, 1),
-        ("不相上下", ZH, 2),
-        ("Verdict: 1 is better.", EN, 0),
-        ("verdict: Equally good", EN, 2),
-        ("<think>1 is better</think>\nVerdict: 2 is better", EN, 1),
-    ],
-)
-def test_a_verdict_is_read(reply: str, prompts, verdict: int):
-    assert parse_verdict(reply, prompts) == verdict
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "",
-        "一",
-        "结论：",
-        "结论：一不更好",
-        "结论：一更好还是二更好",
-        "不是一更好",
-        "结论：一更好\n结论：二更好",
-        "结论：三更好",
-    ],
-)
-def test_anything_else_is_no_verdict(reply: str):
-    with pytest.raises(Unparseable):
-        parse_verdict(reply, ZH)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=200), st.integers(0, 99))

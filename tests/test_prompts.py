@@ -1,6 +1,6 @@
 """Prompts: the text is data, the fixed part comes first, and nothing from a corpus is formatted."""
 
-import dataclasses
+import functools
 import re
 import tomllib
 from pathlib import Path
@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon.demo.rules.recognition import recognise
+from augcon.data import Example
+from augcon.demo.rules import recognise
 from augcon.errors import UserError
 from augcon.method.diversity import rouge_l_precision
 from augcon.text import prompts as room
@@ -25,9 +26,16 @@ VERBATIM = (
 )
 
 
+def edited(prompts: Prompts, section: str, **change) -> Prompts:
+    """The prompts with other values in a section."""
+    return prompts.model_copy(update={section: getattr(prompts, section).model_copy(update=change)})
+
+
 def shape(value):
-    """What a toml file holds, without its words."""
+    """What a toml file holds, without its words; each language has patterns of its own."""
     if isinstance(value, dict):
+        if "pieces" in value:
+            return sorted(value)
         return {key: shape(inner) for key, inner in value.items()}
     return [shape(inner) for inner in value] if isinstance(value, list) else type(value)
 
@@ -40,12 +48,12 @@ def test_both_languages_have_the_same_structure():
 
 @both
 def test_instructions_are_in_the_language_and_name_the_labels(prompts: Prompts):
-    for instruction in (prompts.cst_instruction, prompts.weak_instruction):
+    for instruction in (prompts.cst.instruction, prompts.cst.weak_instruction):
         assert language(instruction) == prompts.language
         assert all(
             prompts.line(label, "") in instruction for label in (prompts.labels.question, *prompts.labels.halves)
         )
-    assert prompts.line(prompts.labels.grade, "") in prompts.grade_instruction
+    assert prompts.line(prompts.labels.grade, "") in prompts.grade.instruction
 
 
 # Examples
@@ -53,14 +61,14 @@ def test_instructions_are_in_the_language_and_name_the_labels(prompts: Prompts):
 
 @both
 def test_examples_have_the_three_sizes(prompts: Prompts):
-    long, middle, sentence = (length(example.context) for example in prompts.examples)
+    long, middle, sentence = (length(example.context) for example in prompts.cst.examples)
     assert long > 1.7 * middle > 3 * sentence > 60
     assert long <= 500
 
 
 @both
 def test_halves_of_examples_are_shorter_and_made_of_their_context(prompts: Prompts):
-    for example in prompts.examples:
+    for example in prompts.cst.examples:
         for half in example.halves:
             assert 0 < length(half) < length(example.context)
             assert rouge_l_precision(words(half), words(example.context)) >= 0.85
@@ -68,7 +76,7 @@ def test_halves_of_examples_are_shorter_and_made_of_their_context(prompts: Promp
 
 @both
 def test_examples_hold_no_label_line_and_a_question_on_one_line(prompts: Prompts):
-    for example in prompts.examples:
+    for example in prompts.cst.examples:
         assert "\n" not in example.question and example.question[-1] in "?？"
         assert not any(label in example.context for label in prompts.labels.halves)
 
@@ -81,10 +89,10 @@ def test_the_fixed_part_comes_first_and_the_context_last(prompts: Prompts):
     one, other = prompts.cst_messages("甲乙丙丁"), prompts.cst_messages("something else")
     assert one[:-1] == other[:-1] and one[-1] != other[-1]
     assert [message["role"] for message in one] == ["user", "assistant"] * 3 + ["user"]
-    assert one[0]["content"].startswith(prompts.cst_instruction)
+    assert one[0]["content"].startswith(prompts.cst.instruction)
     assert one[-1]["content"].endswith("\n甲乙丙丁")
     assert [message["content"] for message in one[1::2]] == [
-        prompts.cst_reply(example.question, example.halves) for example in prompts.examples
+        prompts.cst_reply(example.question, example.halves) for example in prompts.cst.examples
     ]
 
 
@@ -93,16 +101,16 @@ def test_negatives_are_derived_from_the_same_prompt(prompts: Prompts):
     full = prompts.cst_messages("甲")
     weak, one = prompts.cst_messages("甲", weak=True), prompts.cst_messages("甲", examples=1)
     assert weak[1:] == full[1:]
-    assert weak[0]["content"] == full[0]["content"].replace(prompts.cst_instruction, prompts.weak_instruction)
+    assert weak[0]["content"] == full[0]["content"].replace(prompts.cst.instruction, prompts.cst.weak_instruction)
     assert one == [*full[:2], full[-1]]
     assert prompts.cst_messages("甲", weak=True, examples=1) == [*weak[:2], weak[-1]]
 
 
 @both
 def test_answers_are_asked_with_examples_as_earlier_turns(prompts: Prompts):
-    messages = prompts.answer_messages([("甲文", "甲问", "甲答")], "乙文", "乙问")
+    messages = prompts.answer_messages([Example("甲文", "甲问", "甲答")], "乙文", "乙问")
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
-    assert messages[0]["content"].startswith(prompts.answer_instruction)
+    assert messages[0]["content"].startswith(prompts.answer.instruction)
     assert messages[1]["content"] == "甲答"
     assert "乙文" in messages[2]["content"] and messages[2]["content"].endswith("乙问")
     assert prompts.answer_messages([], "乙文", "乙问")[0]["content"].endswith("乙问")
@@ -129,7 +137,7 @@ def test_template_marks_are_disarmed_wherever_text_comes_in(mark):
     assert disarm(foul) != foul and "".join(disarm(foul).split()) == foul
     for messages in (
         prompts.cst_messages(foul),
-        prompts.answer_messages([("c", "q", "a")], foul, foul),
+        prompts.answer_messages([Example("c", "q", "a")], foul, foul),
         prompts.grade_messages(foul, foul, foul, foul),
     ):
         assert mark not in as_text(messages)
@@ -176,7 +184,7 @@ def test_ill_formed_replies_do_not_match_the_pattern(prompts: Prompts):
 
 @both
 def test_examples_match_the_patterns_and_do_not_hold_the_stop_strings(prompts: Prompts):
-    for example in prompts.examples:
+    for example in prompts.cst.examples:
         reply = prompts.cst_reply(example.question, example.halves)
         assert re.fullmatch(prompts.cst_pattern(500), reply, re.DOTALL)
         assert not any(stop in example.question for stop in prompts.end_of_question())
@@ -184,7 +192,7 @@ def test_examples_match_the_patterns_and_do_not_hold_the_stop_strings(prompts: P
 
 
 def test_labels_are_matched_literally():
-    odd = dataclasses.replace(BOTH[1], labels=dataclasses.replace(BOTH[1].labels, question="Q (1)*"))
+    odd = edited(BOTH[1], "labels", question="Q (1)*")
     assert re.fullmatch(odd.question_pattern(), "Q (1)*: What is it?")
 
 
@@ -218,10 +226,24 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str) 
         ("question = '''How can", "ask = '''How can", "question"),
         ("[[cst.examples]]", "[[cst.shown]]", "examples"),
         ("[labels]", "[labels", "line"),
+        ("subjects = [", "subject = [", "checks.subjects"),
+        ("refusals = [", "refusals = [3,", "checks.refusals.0 = 3"),
     ],
 )
 def test_a_file_edited_amiss_is_told_by_key_and_file(tmp_path, monkeypatch, old, new, key):
     assert key in broken(tmp_path, monkeypatch, old, new).split("en.toml", 1)[1]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (r"\bthe (text", "missing ), unterminated subpattern"),
+        ("the {NOUNS}", "[checks.pieces] has no 'NOUNS'"),
+    ],
+)
+def test_a_pattern_that_does_not_compile_is_told_by_file_key_and_pattern(tmp_path, monkeypatch, pattern, reason):
+    told = broken(tmp_path, monkeypatch, "mentions = [\n", f"mentions = [\n  '{pattern}',\n")
+    assert f"checks.mentions.0 = {pattern!r}" in told and reason in told
 
 
 def test_a_missing_file_and_one_without_examples_are_told(tmp_path, monkeypatch):
@@ -236,9 +258,29 @@ def test_a_missing_file_and_one_without_examples_are_told(tmp_path, monkeypatch)
 def test_the_digest_changes_with_what_the_tree_asks_and_with_nothing_else():
     zh, en = BOTH
     assert zh.cst_digest() == load_prompts("zh").cst_digest() != en.cst_digest()
-    changes = [{"cst_instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.examples[:2]}]
-    assert all(dataclasses.replace(zh, **change).cst_digest() != zh.cst_digest() for change in changes)
-    assert dataclasses.replace(zh, answer_instruction="x", grade_instruction="x").cst_digest() == zh.cst_digest()
+    for change in ({"instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.cst.examples[:2]}):
+        assert edited(zh, "cst", **change).cst_digest() != zh.cst_digest()
+    for section in ("answer", "grade"):
+        assert edited(zh, section, instruction="x").cst_digest() == zh.cst_digest()
+        assert edited(zh, section, instruction="x").answer_digest() != zh.answer_digest()
+
+
+@pytest.mark.parametrize("name", ["zh", "en"])
+@pytest.mark.parametrize(
+    ("old", "new"), [("refusals = [", "refusals = ['xyz',"), ("(?:", "(?:xyz|"), ("subjects = [", 'subjects = ["xyz",')]
+)
+def test_an_edit_of_either_language_s_checks_changes_the_digest_of_answers_alone(tmp_path, monkeypatch, name, old, new):
+    before = [prompts.answer_digest() for prompts in BOTH]
+    for file in map(room.prompts_file, ("zh", "en")):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    text = (tmp_path / f"{name}.toml").read_text("utf-8")
+    assert old in text
+    (tmp_path / f"{name}.toml").write_text(text.replace(old, new, 1), "utf-8")
+    monkeypatch.setattr(room, "_FOLDER", tmp_path)
+    monkeypatch.setattr(room, "load_prompts", functools.cache(load_prompts.__wrapped__))
+    now = [room.load_prompts(prompts.language) for prompts in BOTH]
+    assert [prompts.cst_digest() for prompts in now] == [prompts.cst_digest() for prompts in BOTH]
+    assert all(prompts.answer_digest() not in before for prompts in now)
 
 
 def test_the_demonstration_engine_follows_an_edit_of_the_prompts_while_it_runs(tmp_path, monkeypatch):

@@ -1,78 +1,131 @@
-"""What a model wrote → the query and the halves, or the reason why not.
+"""What a model wrote → the query and the halves, an answer, a grade or a verdict, or the reason why there is none.
 
-Models add talk, markdown, other colons and thinking blocks, and contexts may contain anything, labels
-included. A part begins at the first line that starts with its label after the part before.
+Models add talk, markdown, other colons and thinking blocks, and contexts may contain anything, labels included. A part
+of a reply begins at the first line that starts with its label after the part before.
 """
 
 import functools
 import re
+import unicodedata
+from collections.abc import Sequence
 
+from augcon.data import Grades
 from augcon.text.prompts import Prompts
 from augcon.text.units import clean
 
 SHORTEST_QUESTION = 5  # characters
+GRADE_LABELS = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
+
+# Labels that models put in place of ours, in either language.
+_QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
+_HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Text|Half)"
+_NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
+_ANSWER = ("答案", "回答", "答", "Answer")
 
 
 class Unparseable(Exception):
     """The reply has no usable content; the message is the reason, in a few words, for counting."""
 
 
-# Labels that models put in place of ours, for either language.
-_QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
-_HALF = ("片段", "上下文", "语境", "文本", "段落", "部分", "Context", "Part", "Passage", "Text", "Half")
-_NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
-
-
 def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
-    """The query and the two halves of a reply to a Context-Split-Tree prompt, stripped; a half may be empty.
-
-    Raises Unparseable when a part is missing, or the question is unusable.
-    """
-    visible = without_thinking(reply)
-    question_label = _find_question(visible, prompts)
-    if not question_label:
-        raise Unparseable("no question")
-    first = _find_half(visible, prompts, 0, question_label.end())
-    second = first and _find_half(visible, prompts, 1, first.end())
-    if not first or not second:
+    """The query and its context's halves, stripped; a half may be empty. Raises Unparseable if a part is missing."""
+    question, *halves = _parts(reply, prompts)
+    if len(halves) < 2:
         raise Unparseable("no halves")
-    question = _question(visible[question_label.end() : first.start()], prompts)
-    return question, (_half(visible[first.end() : second.start()]), _half(visible[second.end() :]))
+    return _question(question, prompts), (_half(halves[0]), _half(halves[1]))
 
 
 def parse_question(reply: str, prompts: Prompts) -> str:
-    """The query alone, from a reply that may end after it. Raises Unparseable as ``parse_split``."""
-    visible = without_thinking(reply)
-    label = _find_question(visible, prompts)
-    if not label:
-        raise Unparseable("no question")
-    first = _find_half(visible, prompts, 0, label.end())
-    return _question(visible[label.end() : first.start() if first else None], prompts)
+    """The query in a reply that may end after it. Raises Unparseable as ``parse_split``."""
+    return _question(_parts(reply, prompts)[0], prompts)
+
+
+def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
+    """The answer without thinking block, repeated question and label. Raises Unparseable if nothing is left."""
+    visible = without_thinking(reply).strip()
+    if not visible and reply.strip():
+        raise Unparseable("thinking not ended")
+    first, _, rest = visible.partition("\n")
+    label = _label_line(_any_of(prompts.labels.question, "问题", "Question")).match(first)
+    if label and first[label.end() :].strip(" *") == question:
+        visible = rest.strip()
+    if label := _label_line(_any_of(prompts.labels.answer, *_ANSWER)).match(visible):
+        visible = visible[label.end() :].strip()
+        if visible.count("**") % 2:  # the label stood inside the bold text
+            visible = visible.removesuffix("**").rstrip()
+    if not re.search(r"\w", visible):
+        raise Unparseable("empty")
+    return visible
+
+
+def parse_grade(reply: str, labels: Sequence[str], lowest: int = 1, highest: int = 10) -> int:
+    """The whole number that a reply consists of, with or without label, markup, "分", "/10". Else Unparseable."""
+    label = rf"(?:{_any_of(*labels)})\s*(?::|是|为|\bis\b)?\s*"
+    grade = re.fullmatch(rf"(?:{label})?(\d{{1,2}})\s*(?:/\s*{highest}|分)?[.。]?", _plain(reply), re.IGNORECASE)
+    if not grade or not lowest <= int(grade[1]) <= highest:
+        raise Unparseable("no grade")
+    return int(grade[1])
+
+
+def parse_grades(reply: str, prompts: Prompts) -> Grades:
+    """The three grades that a reply consists of, each with its label, in the order asked for. Else Unparseable."""
+    lines = [line for part in re.split(r"[\n,;]+", _plain(reply)) if (line := part.strip())]
+    labels = [_plain(label) for label in prompts.judge.scores]
+    labelled = list(zip(lines, labels, strict=False))
+    if len(lines) != len(labels) or not all(line.casefold().startswith(label.casefold()) for line, label in labelled):
+        raise Unparseable("no three grades")
+    return Grades(*(parse_grade(line, [label], 1, 5) for line, label in labelled))
+
+
+def parse_verdict(reply: str, prompts: Prompts) -> int:
+    """Which of ``judge.verdicts`` a reply consists of, with or without its label. Else Unparseable."""
+    label = re.escape(_plain(prompts.judge.verdict).casefold())
+    said = re.sub(rf"^{label}\s*:?\s*", "", _plain(reply).rstrip(".。").casefold())
+    verdicts = [_plain(verdict).casefold() for verdict in prompts.judge.verdicts]
+    if said not in verdicts:
+        raise Unparseable("no verdict")
+    return verdicts.index(said)
 
 
 def without_thinking(reply: str) -> str:
-    """The reply after the thinking block of a reasoning model; nothing when it never came out of it."""
+    """The reply after a reasoning model's thinking block; nothing if the block never ends."""
     visible = re.split(r"</think(?:ing)?>", clean(reply))[-1]
     return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
 
 
-def _find_question(text: str, prompts: Prompts) -> re.Match[str] | None:
-    labels = tuple(sorted({prompts.labels.question, *_QUESTION}, key=len, reverse=True))
-    return label_line("|".join(map(re.escape, labels))).search(text)
+def _plain(reply: str) -> str:
+    """The reply without thinking, markup and full-width forms."""
+    return re.sub(r"[*_`#>【】\[\]\"“”]", "", unicodedata.normalize("NFKC", without_thinking(reply))).strip()
 
 
-def _find_half(text: str, prompts: Prompts, index: int, start: int) -> re.Match[str] | None:
-    """The label of a half: ours if it is there, else another word for it, which the text itself may also hold."""
-    ours = label_line(re.escape(prompts.labels.halves[index]))
-    others = label_line(rf"(?:{'|'.join(_HALF)})[ ]?{_NUMBER[index]}")
-    return ours.search(text, start) or others.search(text, start)
+def _parts(reply: str, prompts: Prompts) -> list[str]:
+    """What follows the label of the question and those of the halves, as far as they are there."""
+    text = without_thinking(reply)
+    label = _label_line(_any_of(prompts.labels.question, *_QUESTION)).search(text)
+    if not label:
+        raise Unparseable("no question")
+    found = [label]
+    for ours, number in zip(prompts.labels.halves, _NUMBER, strict=True):
+        # Another word for a half counts only if ours is missing: the text may hold it too.
+        for labels in (_any_of(ours), f"{_HALF} ?{number}"):
+            if label := _label_line(labels).search(text, found[-1].end()):
+                found.append(label)
+                break
+        else:
+            break
+    ends = [*(label.start() for label in found[1:]), len(text)]
+    return [text[label.end() : end] for label, end in zip(found, ends, strict=True)]
+
+
+def _any_of(*labels: str) -> str:
+    return "|".join(map(re.escape, labels))
 
 
 @functools.cache
-def label_line(labels: str) -> re.Pattern[str]:
+def _label_line(labels: str) -> re.Pattern[str]:
     """A line that begins with one of some labels (a regular expression): in bold, or before a colon, or alone.
 
-    Each repetition is possessive, so that the time stays linear whatever a model repeats.
+    Every repetition is possessive, so that the time stays linear whatever a model repeats.
     """
     label = rf"[【\[]?(?:{labels})[ \t]*+[】\]]?+[ \t]*+"
     bold = rf"(?P<mark>[*_]{{1,3}}){label}[:：]?+[ \t]*+(?P=mark)[ \t]*+[:：]?"
@@ -82,8 +135,7 @@ def label_line(labels: str) -> re.Pattern[str]:
 
 
 def _question(written: str, prompts: Prompts) -> str:
-    lines = [line.strip(" \t*_#>") for line in written.splitlines()]
-    lines = [line for line in lines if line]
+    lines = [line for part in written.splitlines() if (line := part.strip(" \t*_#>"))]
     question = " ".join(lines[:1] if lines and lines[0].endswith(("?", "？")) else lines)
     if re.fullmatch('“[^“”]*”|"[^"]*"|「[^「」]*」', question):
         question = question[1:-1].strip()
@@ -91,13 +143,13 @@ def _question(written: str, prompts: Prompts) -> str:
         raise Unparseable("question too short")
     if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
         raise Unparseable("no question, only its place")
-    if question in {example.question for example in prompts.examples}:
+    if any(question == example.question for example in prompts.cst.examples):
         raise Unparseable("question of an example")
     return question
 
 
 def _half(written: str) -> str:
-    """A half without what belongs to the reply's form: marks left open, closing rules, words for "empty"."""
+    """A half without what belongs to the form of the reply: marks left open, closing rules, words for "empty"."""
     lines = written.strip().split("\n")
     while lines and re.fullmatch(r"\s*(?:-{3,}|\*{3,}|={3,}|)\s*", lines[-1]):
         lines.pop()

@@ -1,99 +1,142 @@
-"""Prompts: the text is data (``zh.toml``, ``en.toml``), the messages are made here (paper section 3.2, 3.4).
+"""Prompts: their texts are data (``zh.toml``, ``en.toml``), the messages are made here (paper sections 3.2 and 3.4).
 
-In every prompt the fixed part comes first and what varies comes last, so that a server's prefix cache
-serves the fixed part. Instructions go into the first user turn, because some chat templates have no
-system role. What comes from a corpus is only ever concatenated, never formatted.
+In every prompt the fixed part comes first and what varies comes last, so that a server's prefix cache serves the fixed
+part. The instruction goes into the first user turn, because some chat templates have no system role. Text from a
+corpus is only ever concatenated, never formatted.
 """
 
-import dataclasses
 import functools
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Annotated, get_args
 
-from augcon.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
+
+from augcon.data import Example, Message
+from augcon.errors import UserError, one_line
 from augcon.text.units import Language
 
-Message = dict[str, str]
+Text = Annotated[str, Field(min_length=1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Labels:
+class _Section(BaseModel):
+    """A table of the file; its fields are the keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
+
+
+class Labels(_Section):
     """The words that name the parts of prompts and replies."""
 
-    context: str
-    question: str
+    context: Text
+    question: Text
+    halves: tuple[Text, Text]
+    answer: Text
+    reference: Text
+    grade: Text
+
+
+class WorkedExample(_Section):
+    """A context with its question and its two halves; a half may be empty."""
+
+    context: Text
+    question: Text
     halves: tuple[str, str]
-    answer: str
-    reference: str
-    grade: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
-    """A worked example of the Context-Split-Tree: a context, its question and its two halves."""
+class Tree(_Section):
+    """The prompts of the Context-Split-Tree."""
 
-    context: str
-    question: str
-    halves: tuple[str, str]
+    instruction: Text
+    weak_instruction: Text
+    examples: tuple[WorkedExample, ...] = Field(min_length=1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Judge:
+class Instruction(_Section):
+    """The prompt of a task that is shown no worked examples."""
+
+    instruction: Text
+
+
+class Judge(Instruction):
     """The prompts of the judge, and the words of its replies."""
 
-    instruction: str
-    scores: tuple[str, str, str]
-    compare_instruction: str
-    answers: tuple[str, str]
-    verdict: str
-    verdicts: tuple[str, str, str]  # the first is better, the second, neither
+    scores: tuple[Text, Text, Text]
+    compare_instruction: Text
+    answers: tuple[Text, Text]
+    verdict: Text
+    verdicts: tuple[Text, Text, Text]  # the first is better, the second, neither
 
 
-@dataclasses.dataclass(frozen=True)
-class Prompts:
+def _compile(pattern: str, info: ValidationInfo) -> re.Pattern[str]:
+    """A pattern of the file, with its pieces in place. Raises ValueError if it does not compile."""
+    try:
+        whole = re.sub(r"\{([A-Z_]+)\}", lambda name: info.data["pieces"][name[1]], pattern)
+        return re.compile(whole, re.IGNORECASE)
+    except KeyError as error:
+        raise ValueError(f"[checks.pieces] has no {error}") from error
+    except (re.error, TypeError) as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+
+
+Patterns = tuple[Annotated[re.Pattern[str], PlainValidator(_compile)], ...]
+
+
+class Checks(_Section):
+    """What answers are searched for; the file says what each list means."""
+
+    pieces: dict[str, str]
+    refusals: Patterns
+    mentions: Patterns
+    self_references: Patterns
+    subjects: tuple[Text, ...]
+
+
+class Prompts(_Section):
     """The prompts of one language."""
 
     language: Language
-    colon: str
     labels: Labels
-    cst_instruction: str
-    weak_instruction: str
-    examples: tuple[Example, ...]
-    answer_instruction: str
-    grade_instruction: str
+    cst: Tree
+    answer: Instruction
+    checks: Checks
+    grade: Instruction
     judge: Judge
 
     def line(self, label: str, content: str) -> str:
         """A labelled part of a prompt or reply."""
-        return f"{label}{self.colon}{content}"
+        return f"{label}{'：' if self.language == 'zh' else ': '}{content}"
 
     def cst_messages(self, context: str, *, weak: bool = False, examples: int | None = None) -> list[Message]:
         """Asks for the query and the split of a context: I_CST, E_CST, then the context.
 
-        ``weak`` puts the weaker instruction in the instruction's place and ``examples`` keeps only the
-        first ones: the variants that the scorer's negatives come from.
+        ``weak`` takes the weak instruction, ``examples`` only the first worked examples. The scorer's negatives come
+        from these variants.
         """
-        return [*_cst_fixed_part(self, weak, examples), {"role": "user", "content": self._context(context)}]
+        turns = []
+        for example in self.cst.examples[:examples]:
+            turns += [self._context(example.context), self.cst_reply(example.question, example.halves)]
+        return _turns(self.cst.weak_instruction if weak else self.cst.instruction, [*turns, self._context(context)])
 
     def cst_reply(self, question: str, halves: tuple[str, str]) -> str:
         """A reply in the form that the instruction asks for."""
         parts = zip((self.labels.question, *self.labels.halves), (question, *halves), strict=True)
         return "\n".join(self.line(label, content) for label, content in parts)
 
-    def answer_messages(self, examples: list[tuple[str, str, str]], context: str, question: str) -> list[Message]:
-        """Asks for an answer: I_R with its principles, (context, question, answer) examples, (C, q)."""
+    def answer_messages(self, examples: Sequence[Example], context: str, question: str) -> list[Message]:
+        """Asks for an answer: I_R with its principles, the examples, then the context and the question."""
         turns = []
-        for example_context, example_question, answer in examples:
-            turns += [self._ask(example_context, example_question), answer]
-        return _turns(self.answer_instruction, [*turns, self._ask(context, question)])
+        for example in examples:
+            turns += [self._ask(example.context, example.question), example.answer]
+        return _turns(self.answer.instruction, [*turns, self._ask(context, question)])
 
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
         answers = self._lines([(self.labels.reference, reference), (self.labels.answer, answer)])
-        return _turns(self.grade_instruction, [f"{self._ask(context, question)}\n\n{answers}"])
+        return _turns(self.grade.instruction, [f"{self._ask(context, question)}\n\n{answers}"])
 
     def judge_messages(self, question: str, answer: str) -> list[Message]:
         """Asks the judge for its three grades of an answer."""
@@ -105,20 +148,9 @@ class Prompts:
         parts = (self.labels.question, question), *zip(self.judge.answers, (first, second), strict=True)
         return _turns(self.judge.compare_instruction, [self._lines(parts)])
 
-    def judge_pattern(self) -> str:
-        """A regular expression of well-formed replies to ``judge_messages``."""
-        return r"\n".join(self.line(_literal(score), "[1-5]") for score in self.judge.scores)
-
-    def compare_pattern(self) -> str:
-        """The same for ``compare_messages``."""
-        return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
-
     def cst_pattern(self, max_length: int) -> str:
-        """A regular expression of well-formed replies, for servers that can be held to one.
-
-        Halves are bounded at twice the longest context (in characters; ten to an English word); the second
-        may be empty.
-        """
+        """A regular expression to hold replies to ``cst_messages`` to, for contexts of up to ``max_length`` units."""
+        # A half has at most twice the characters of the longest context, ten to an English word.
         half = rf"[^\n].{{0,{2 * max_length * (1 if self.language == 'zh' else 10)}}}"
         first, second = map(_literal, self.labels.halves)
         return r"\n".join([self.question_pattern(), self.line(first, half), self.line(second, f"({half})?")])
@@ -129,29 +161,35 @@ class Prompts:
         return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
     def grade_pattern(self) -> str:
-        """The same for a grade from 1 to 10."""
+        """The same for replies to ``grade_messages``."""
         return self.line(_literal(self.labels.grade), "([1-9]|10)")
+
+    def judge_pattern(self) -> str:
+        """The same for replies to ``judge_messages``."""
+        return r"\n".join(self.line(_literal(score), "[1-5]") for score in self.judge.scores)
+
+    def compare_pattern(self) -> str:
+        """The same for replies to ``compare_messages``."""
+        return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
 
     def end_of_question(self) -> tuple[str, ...]:
         """Stop strings after the question, where the halves are not needed."""
         return tuple(f"\n{self.labels.halves[0]}{colon}" for colon in "：:")
 
     def end_of_reply(self) -> tuple[str, ...]:
-        """Stop strings of the completions endpoint, where a model goes on with a further example."""
+        """Stop strings for the completions endpoint, where a model goes on with a further example."""
         return (f"\n\n{self._context('')}",)
 
     def cst_digest(self) -> str:
-        """A digest of what the Context-Split-Tree asks with, so that results of other prompts are not mixed."""
-        parts = (self.labels, self.cst_instruction, self.weak_instruction, self.examples)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        """A digest of what the Context-Split-Tree is asked with, so that results of other prompts are not mixed."""
+        return _digest(self.labels, self.cst)
 
     def answer_digest(self) -> str:
-        """The same of what answers are asked and graded with."""
-        parts = (self.labels, self.answer_instruction, self.grade_instruction)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        """The same for what answers are asked, checked and graded with."""
+        return _digest(self.labels, self.answer, self.grade, *all_checks())
 
     def _context(self, context: str) -> str:
-        return f"{self.labels.context}{self.colon.strip()}\n{disarm(context)}"
+        return f"{self.line(self.labels.context, '').rstrip()}\n{disarm(context)}"
 
     def _lines(self, parts: Iterable[tuple[str, str]]) -> str:
         return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
@@ -161,19 +199,9 @@ class Prompts:
 
 
 def _turns(instruction: str, turns: list[str]) -> list[Message]:
-    """Turns of user and assistant by turns, the instruction at the head of the first."""
-    roles = ("user", "assistant")
-    messages = [{"role": roles[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    messages[0]["content"] = f"{instruction}\n\n{turns[0]}"
-    return messages
-
-
-@functools.cache
-def _cst_fixed_part(prompts: Prompts, weak: bool, examples: int | None) -> list[Message]:
-    turns = []
-    for example in prompts.examples[:examples]:
-        turns += [prompts._context(example.context), prompts.cst_reply(example.question, example.halves)]
-    return _turns(prompts.weak_instruction if weak else prompts.cst_instruction, turns)
+    """Turns of user and assistant in alternation, the instruction at the head of the first."""
+    contents = [f"{instruction}\n\n{turns[0]}", *turns[1:]]
+    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
 
 def _literal(label: str) -> str:
@@ -181,13 +209,18 @@ def _literal(label: str) -> str:
     return re.sub(r"([^\w\s])", r"\\\1", label)
 
 
+def _digest(*sections: _Section) -> str:
+    whole = "\n".join(section.model_dump_json() for section in sections)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+
 def as_text(messages: list[Message]) -> str:
-    """The same prompt as one text, for the completions endpoint of a base model."""
+    """A prompt as one text, for the completions endpoint of a base model."""
     return "\n\n".join(message["content"] for message in messages) + "\n\n"
 
 
-# Servers turn special tokens that stand in a message into the real ones: a text that contains them could
-# end its own turn and speak as the system, or open a thinking block. A space inside makes them plain text.
+# Servers turn special tokens that stand in a message into the real ones. A text that contains them could end its own
+# turn and speak as the system, or open a thinking block. A space inside makes them plain text.
 _TEMPLATE_MARK = re.compile(
     r"<(?=[|｜]|<SYS>>|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)"
     r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
@@ -209,56 +242,19 @@ def prompts_file(language: Language) -> Path:
 
 @functools.cache
 def load_prompts(language: Language) -> Prompts:
-    """The prompts of a language, read from its file. Raises UserError where the file was edited amiss."""
+    """The prompts of a language, read from its file. Raises UserError, with the key, if the file is faulty."""
     path = prompts_file(language)
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-        _check_texts(data, "")
-        cst = data["cst"]
-        prompts = Prompts(
-            language=language,
-            colon="：" if language == "zh" else ": ",
-            labels=Labels(**{**data["labels"], "halves": _texts(data["labels"], "halves", 2)}),
-            cst_instruction=cst["instruction"].strip(),
-            weak_instruction=cst["weak_instruction"].strip(),
-            examples=tuple(
-                Example(example["context"].strip(), example["question"].strip(), _texts(example, "halves", 2))
-                for example in cst["examples"]
-            ),
-            answer_instruction=data["answer"]["instruction"].strip(),
-            grade_instruction=data["grade"]["instruction"].strip(),
-            judge=Judge(
-                instruction=data["judge"]["instruction"].strip(),
-                scores=_texts(data["judge"], "scores", 3),
-                compare_instruction=data["judge"]["compare_instruction"].strip(),
-                answers=_texts(data["judge"], "answers", 2),
-                verdict=data["judge"]["verdict"],
-                verdicts=_texts(data["judge"], "verdicts", 3),
-            ),
-        )
-    except KeyError as error:
-        raise UserError(f"{path}: the key {error} is missing; restore it") from error
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be read as prompts: {error}") from error
-    if not prompts.examples:
-        raise UserError(f"{path}: [[cst.examples]] is empty; give at least one")
-    return prompts
+        return Prompts.model_validate({**tomllib.loads(path.read_text("utf-8")), "language": language})
+    except ValidationError as error:
+        first = error.errors()[0]
+        value = "" if first["type"] == "missing" else f" = {first['input']!r:.80}"
+        reason = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}{value}: {reason}") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as prompts: {one_line(error)}") from error
 
 
-def _check_texts(value: object, key: str) -> None:
-    """Raises ValueError, with the key, where a text is missing or is none; the half of an example may be empty."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _check_texts(inner, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for inner in value:
-            _check_texts(inner, key)
-    elif not isinstance(value, str) or not (value.strip() or key == "cst.examples.halves"):
-        raise ValueError(f"{key} must be a text, not {value!r}")
-
-
-def _texts(section: dict[str, list[str]], key: str, number: int) -> tuple[str, ...]:
-    texts = section[key]
-    if not isinstance(texts, list) or len(texts) != number:
-        raise ValueError(f"{key} must be a list of {number} texts, not {texts!r}")
-    return tuple(text.strip() for text in texts)
+def all_checks() -> list[Checks]:
+    """The checks of every language: an answer may be in any. Raises UserError as ``load_prompts``."""
+    return [load_prompts(language).checks for language in get_args(Language)]

@@ -1,16 +1,15 @@
-"""What counts as an answer that stands alone, and what as a grade."""
-
-import unicodedata
+"""What counts as an answer that stands alone."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augcon.text.checks import GRADE_LABELS, is_refusal, mentions_text, parse_answer, parse_grade
+from augcon.data import Example
+from augcon.text.checks import check_answer, is_refusal, mentions_text, parse_answer
 from augcon.text.parse import Unparseable
 from augcon.text.prompts import load_prompts
 
-ZH, EN = load_prompts("zh"), load_prompts("en")
+ZH = load_prompts("zh")
 CONTEXT = "蜂蜡布怕热，不能用开水烫洗。它可以反复使用一年左右。"
 QUESTION = "蜂蜡布应该怎样清洗？"
 
@@ -22,34 +21,6 @@ def fault(reply: str, question: str = QUESTION, context: str = CONTEXT, shown=()
     except Unparseable as error:
         return str(error)
     return ""
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "用冷水洗。",
-        "答案：用冷水洗。",
-        "回答: 用冷水洗。",
-        "**答案：**用冷水洗。",
-        "**答案**：用冷水洗。",
-        "**回答：用冷水洗。**",
-        "### 答案\n用冷水洗。",
-        "【答案】：用冷水洗。",
-        "Answer: 用冷水洗。",
-        "问题：蜂蜡布应该怎样清洗？\n回答：用冷水洗。",
-        "<think>根据上下文……</think>\n\n用冷水洗。",
-        "<think>怎么洗呢</think>答：用冷水洗。",
-    ],
-)
-def test_labels_and_thinking_are_no_part_of_an_answer(reply: str):
-    assert parse_answer(reply, CONTEXT, QUESTION, ZH) == "用冷水洗。"
-
-
-@pytest.mark.parametrize(
-    "answer", ["答应了就要做到。", "答题卡要用铅笔涂。", "回答得好不好，看准备。", "**用冷水洗**，别烫。"]
-)
-def test_words_that_only_begin_like_a_label_stay(answer: str):
-    assert parse_answer(answer, CONTEXT, QUESTION, ZH) == answer
 
 
 @pytest.mark.parametrize(
@@ -79,8 +50,14 @@ def test_the_answer_follows_the_language_of_the_question():
     assert fault("用的是 MySQL 5.7 和 Redis。", "这套系统用的是什么数据库？") == ""
 
 
+def test_an_answer_without_its_reply_is_checked_too():
+    check_answer("用冷水洗。", CONTEXT, QUESTION)
+    with pytest.raises(Unparseable, match="refusal"):
+        check_answer("抱歉，我无法回答这个问题。", CONTEXT, QUESTION)
+
+
 def test_an_example_s_answer_is_no_answer_unless_its_question_was_asked():
-    shown = [("阳台公约", "阳台能装晾衣架吗？", "不可以，护栏外面不能加装晾衣架，花架也一样。")]
+    shown = [Example("阳台公约", "阳台能装晾衣架吗？", "不可以，护栏外面不能加装晾衣架，花架也一样。")]
     assert fault("不可以，护栏外面不能加装晾衣架，花架也一样。", shown=shown) == "answer of an example"
     assert fault("不可以！护栏外面不能加装晾衣架，花架也一样", shown=shown) == "answer of an example"
     assert fault("不可以用开水，护栏那样的硬物也会刮伤它。", shown=shown) == ""
@@ -241,50 +218,3 @@ def test_no_reply_breaks_the_checks_and_a_plain_mention_is_never_let_through(sai
         return
     assert answer.strip() == answer and answer
     assert fault(f"{answer}。{mention}", "问什么？", "")
-
-
-@pytest.mark.parametrize(
-    ("reply", "grade"),
-    [
-        *((f"评分：{n}", n) for n in range(1, 11)),
-        ("8", 8),
-        ("评分: 8", 8),
-        ("评分：８", 8),
-        ("**评分：8**", 8),
-        ("**评分**：8", 8),
-        ("评分：8分", 8),
-        ("8/10", 8),
-        ("评分：8 / 10", 8),
-        ("８／１０", 8),
-        ("评分是8。", 8),
-        ("Grade: 10", 10),
-        ("grade: 7.", 7),
-        ("Score: `7`", 7),
-        ("<think>也许 3 分？</think>\n评分：9", 9),
-        ("\n\n评分：9\n", 9),
-    ],
-)
-def test_a_grade_is_read(reply: str, grade: int):
-    assert parse_grade(reply, GRADE_LABELS) == grade
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        *("", "不是", "好", "评分：", "评分：N", "评分：0", "评分：11", "评分：100", "-5", "7.5", "8.0.1", "七"),
-        *("10 out of 100", "8/100", "between 7 and 8", "7 8", "评分：7 或 8", "评分：8\n评分：7", "7-8", "1 到 10"),
-        *("I would give this answer 8", "这个回答有 3 个要点", "<think>评分：8", "８５", "8%", "评分：8/9"),
-    ],
-)
-def test_anything_else_is_no_grade(reply: str):
-    with pytest.raises(Unparseable):
-        parse_grade(reply, GRADE_LABELS)
-
-
-@given(st.text(max_size=60))
-def test_a_grade_is_in_its_range_and_made_of_the_reply_s_only_number(reply: str):
-    try:
-        grade = parse_grade(reply, GRADE_LABELS, 1, 5)
-    except Unparseable:
-        return
-    assert 1 <= grade <= 5 and str(grade) in unicodedata.normalize("NFKC", reply)

@@ -1,15 +1,26 @@
-"""What a model wrote → the query and the halves, or the reason why not."""
+"""What a model wrote → the query and the halves, an answer, a grade or a verdict, or the reason why there is none."""
 
 import contextlib
 import json
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from augcon.text.parse import Unparseable, parse_question, parse_split
+from augcon.data import Grades
+from augcon.text.parse import (
+    GRADE_LABELS,
+    Unparseable,
+    bare_answer,
+    parse_grade,
+    parse_grades,
+    parse_question,
+    parse_split,
+    parse_verdict,
+)
 from augcon.text.prompts import load_prompts
 from augcon.text.units import Language, clean
 
@@ -82,8 +93,8 @@ USELESS = {
     "问题：（一个完整的问句）\n片段1：甲\n片段2：乙": "no question, only its place",
     "问题：【在此填写问题】\n片段1：甲\n片段2：乙": "no question, only its place",
     "问题：……？？？\n片段1：甲\n片段2：乙": "no question, only its place",
-    ZH.cst_reply(ZH.examples[1].question, (A, B)): "question of an example",
-    f"问题：**{ZH.examples[0].question}**\n片段1：{A}\n片段2：{B}": "question of an example",
+    ZH.cst_reply(ZH.cst.examples[1].question, (A, B)): "question of an example",
+    f"问题：**{ZH.cst.examples[0].question}**\n片段1：{A}\n片段2：{B}": "question of an example",
 }
 
 
@@ -147,7 +158,7 @@ def test_a_question_may_end_the_reply():
     with pytest.raises(Unparseable, match="question too short"):
         parse_question("问题：", ZH)
     with pytest.raises(Unparseable, match="question of an example"):
-        parse_question(f"Question: {EN.examples[2].question}\nPart 1:", EN)
+        parse_question(f"Question: {EN.cst.examples[2].question}\nPart 1:", EN)
 
 
 def test_a_question_over_several_lines_is_one_line():
@@ -227,3 +238,161 @@ def test_what_a_model_repeats_without_end_does_not_hang(repeated):
         for parse in (parse_split, parse_question):
             with contextlib.suppress(Unparseable):
                 parse(reply, ZH)
+
+
+# Answers
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "用冷水洗。",
+        "答案：用冷水洗。",
+        "回答: 用冷水洗。",
+        "**答案：**用冷水洗。",
+        "**答案**：用冷水洗。",
+        "**回答：用冷水洗。**",
+        "### 答案\n用冷水洗。",
+        "【答案】：用冷水洗。",
+        "Answer: 用冷水洗。",
+        "问题：蜂蜡布应该怎样清洗？\n回答：用冷水洗。",
+        "<think>根据上下文……</think>\n\n用冷水洗。",
+        "<think>怎么洗呢</think>答：用冷水洗。",
+    ],
+)
+def test_labels_and_thinking_are_no_part_of_an_answer(reply: str):
+    assert bare_answer(reply, "蜂蜡布应该怎样清洗？", ZH) == "用冷水洗。"
+
+
+@pytest.mark.parametrize(
+    "answer", ["答应了就要做到。", "答题卡要用铅笔涂。", "回答得好不好，看准备。", "**用冷水洗**，别烫。"]
+)
+def test_words_that_only_begin_like_a_label_stay(answer: str):
+    assert bare_answer(answer, "蜂蜡布应该怎样清洗？", ZH) == answer
+
+
+# Grades and verdicts
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        *((f"评分：{n}", n) for n in range(1, 11)),
+        ("8", 8),
+        ("评分: 8", 8),
+        ("评分：８", 8),
+        ("**评分：8**", 8),
+        ("**评分**：8", 8),
+        ("评分：8分", 8),
+        ("8/10", 8),
+        ("评分：8 / 10", 8),
+        ("８／１０", 8),
+        ("评分是8。", 8),
+        ("Grade: 10", 10),
+        ("grade: 7.", 7),
+        ("Score: `7`", 7),
+        ("<think>也许 3 分？</think>\n评分：9", 9),
+        ("\n\n评分：9\n", 9),
+    ],
+)
+def test_a_grade_is_read(reply: str, grade: int):
+    assert parse_grade(reply, GRADE_LABELS) == grade
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *("", "不是", "好", "评分：", "评分：N", "评分：0", "评分：11", "评分：100", "-5", "7.5", "8.0.1", "七"),
+        *("10 out of 100", "8/100", "between 7 and 8", "7 8", "评分：7 或 8", "评分：8\n评分：7", "7-8", "1 到 10"),
+        *("I would give this answer 8", "这个回答有 3 个要点", "<think>评分：8", "８５", "8%", "评分：8/9"),
+    ],
+)
+def test_anything_else_is_no_grade(reply: str):
+    with pytest.raises(Unparseable):
+        parse_grade(reply, GRADE_LABELS)
+
+
+@given(st.text(max_size=60))
+def test_a_grade_is_in_its_range_and_made_of_the_reply_s_only_number(reply: str):
+    try:
+        grade = parse_grade(reply, GRADE_LABELS, 1, 5)
+    except Unparseable:
+        return
+    assert 1 <= grade <= 5 and str(grade) in unicodedata.normalize("NFKC", reply)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "相关性：4\n准确性：5\n满意度：3",
+        "相关性: 4\n\n准确性: 5\n满意度: 3\n",
+        "**相关性：4**\n**准确性：5**\n**满意度：3**",
+        "相关性：４分\n准确性：５分\n满意度：３分",
+        "相关性：4/5，准确性：5/5，满意度：3/5",
+        "<think>相关性：1</think>相关性：4\n准确性：5\n满意度：3。",
+    ],
+)
+def test_three_grades_are_read(reply: str):
+    assert parse_grades(reply, ZH) == Grades(relevance=4, accuracy=5, satisfaction=3)
+
+
+def test_three_grades_are_read_in_english():
+    assert parse_grades("Relevance: 4\naccuracy: 5\nSatisfaction: 3/5", EN) == Grades(4, 5, 3)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(
+            "",
+            "4",
+            "4\n5\n3",
+            "相关性：4\n准确性：5",
+            "相关性：4\n准确性：5\n满意度：6",
+            "相关性：4\n准确性：5\n满意度：0",
+        ),
+        *("准确性：5\n相关性：4\n满意度：3", "相关性：4\n准确性：5\n满意度：好", "相关性：N\n准确性：N\n满意度：N"),
+        *(
+            "相关性：4\n准确性：5\n满意度：3\n总分：12",
+            "<think>相关性：4\n准确性：5\n满意度：3",
+            "相关性：4.5\n准确性：5\n满意度：3",
+        ),
+        "相关性：4\n准确性：5\n满意度不是 3",
+    ],
+)
+def test_anything_else_is_no_three_grades(reply: str):
+    with pytest.raises(Unparseable):
+        parse_grades(reply, ZH)
+
+
+@pytest.mark.parametrize(
+    ("reply", "prompts", "verdict"),
+    [
+        ("结论：一更好", ZH, 0),
+        ("**结论：二更好。**", ZH, 1),
+        ("不相上下", ZH, 2),
+        ("Verdict: 1 is better.", EN, 0),
+        ("verdict: Equally good", EN, 2),
+        ("<think>1 is better</think>\nVerdict: 2 is better", EN, 1),
+    ],
+)
+def test_a_verdict_is_read(reply: str, prompts, verdict: int):
+    assert parse_verdict(reply, prompts) == verdict
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        "",
+        "一",
+        "结论：",
+        "结论：一不更好",
+        "结论：一更好还是二更好",
+        "不是一更好",
+        "结论：一更好\n结论：二更好",
+        "结论：三更好",
+    ],
+)
+def test_anything_else_is_no_verdict(reply: str):
+    with pytest.raises(Unparseable):
+        parse_verdict(reply, ZH)
