@@ -19,8 +19,8 @@ from augcon.data import Pair, Refused, Reply, Request
 from augcon.errors import UserError, stage
 from augcon.files import digest, read_dataset, write_dataset
 from augcon.llm.client import LLM, Endpoint
-from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
+from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.corpus import read_corpus, texts
 from augcon.run.inputs import corpus_path

@@ -9,7 +9,6 @@ says for each question whose answer is better. Writes into results/: judge.jsonl
 
 import asyncio
 import dataclasses
-import random
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,9 @@ from augcon.data import Grades, Pair, Reply, Request
 from augcon.errors import UserError, stage
 from augcon.files import read_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
-from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
-from augcon.method.judging import SCORES, JudgeRules, Mean, compare, grade, means_of
+from augcon.method.judging import SCORES, JudgeRules, Mean, coins, compare, grade, means_of
+from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import prompts_for
 from augcon.run.report import format_counts, print_calls
@@ -87,8 +86,7 @@ async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence
     rules, window = pick(JudgeRules, settings), 2 * settings.max_in_flight
     folders = list(outputs.values())
     questions = [pair.question for pair in folders[0]]
-    coin = random.Random(settings.seed)
-    swapped = [coin.random() < 0.5 for _ in questions]
+    swapped = coins(len(questions), settings.seed)
     with bar(len(questions) * (len(folders) + (len(folders) == 2)), "judging", "calls") as progress:
 
         async def ask(request: Request) -> Reply:

@@ -18,10 +18,10 @@ from augcon.data import Query, Reply, Request, RootContext, ScorerPair
 from augcon.errors import run_fast, stage
 from augcon.files import read_json, write_lines
 from augcon.llm.client import LLM, Endpoint
-from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
 from augcon.method import pairs
 from augcon.method.tree import Grown, TreeRules, fill_root
+from augcon.ordered import map_in_order
 from augcon.progress import Share, bar
 from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
 from augcon.run.report import TreeFigures, format_counts, format_skipped, print_calls
@@ -108,25 +108,25 @@ async def make_pairs(
     settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[Query]
 ) -> None:
     """Makes the scorer's pairs, as many of each kind where that is possible, and writes them."""
-    rules = pick(TreeRules, settings)
     made: dict[str, list[ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}
     lost: Counter[str] = Counter()
+    outcomes = pairs.make_pairs(
+        llm.ask,
+        lambda root: prompts_for(roots[root].text, settings.language),
+        sample,
+        settings.negatives,
+        pick(TreeRules, settings),
+        settings.seed,
+        2 * settings.max_in_flight,
+    )
     expected = len(made) * min(settings.negatives, len(sample) // len(made))
     with bar(expected, "scorer pairs", "pairs") as progress:
-        for kind, reserve in pairs.queries_by_kind(sample, settings.seed).items():
-
-            async def pair(query: Query, kind: str = kind) -> ScorerPair | str:
-                prompts = prompts_for(roots[query.root].text, settings.language)
-                return await pairs.make_pair(llm.ask, prompts, query, kind, rules)
-
-            while reserve and (missing := settings.negatives - len(made[kind])):
-                batch, reserve = reserve[:missing], reserve[missing:]
-                async for _, outcome in map_in_order(pair, batch, 2 * settings.max_in_flight):
-                    if isinstance(outcome, ScorerPair):
-                        made[kind].append(outcome)
-                        progress.update()
-                    else:
-                        lost[outcome] += 1
+        async for outcome in outcomes:
+            if isinstance(outcome, ScorerPair):
+                made[outcome.type].append(outcome)
+                progress.update()
+            else:
+                lost[outcome] += 1
     kept = pairs.balance(made)
     results.write_pairs(kept)
     lost["left out for balance"] = sum(map(len, made.values())) - len(kept)

@@ -18,9 +18,9 @@ from augcon.data import Answer, Query
 from augcon.errors import UserError, run_fast, stage
 from augcon.files import digest, read_lines, write_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
-from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
+from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.examples import read_examples
 from augcon.run.inputs import answer_inputs, prompts_for

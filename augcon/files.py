@@ -22,7 +22,7 @@ _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that replaces ``path`` once it is complete and on disk. Raises UserError when it cannot be written."""
+    """A text file that replaces ``path`` once all of it is on disk. Raises UserError when it cannot be written."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
@@ -85,7 +85,7 @@ def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
 
 
 def read_json(path: Path, shape: type[Shape], made_by: str) -> Shape:
-    """A JSON file as ``shape``. Raises UserError, which names the script that makes it, when it is missing or damaged."""
+    """A JSON file as ``shape``. Raises UserError, with the script that makes it, when it is missing or damaged."""
     try:
         return _adapter(shape).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:

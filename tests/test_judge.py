@@ -8,19 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from augcon.data import Grades, Pair, Refused, Reply, Request
 from augcon.demo.rules import reply_to
-from augcon.llm.client import Refused, Reply, Request
-from augcon.method.judging import (
-    Grades,
-    JudgeRules,
-    compare_all,
-    grade_all,
-    mean_of,
-    plot,
-    summary,
-)
+from augcon.method.judging import JudgeRules, Mean, coins, compare, grade, mean_of, means_of
+from augcon.ordered import map_in_order
 from augcon.text.parse import parse_grades, parse_verdict
 from augcon.text.prompts import load_prompts
+from judge import plot
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
 RULES = JudgeRules(tries=3)
@@ -29,27 +23,23 @@ RULES = JudgeRules(tries=3)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=200), st.integers(0, 99))
 def test_a_mean_lies_in_its_interval_which_repeats(values: list[int], seed: int):
     mean = mean_of(values, seed)
-    assert mean["mean"] == pytest.approx(statistics.fmean(values))
-    assert min(values) <= mean["low"] <= mean["mean"] + 1e-9 and mean["mean"] - 1e-9 <= mean["high"] <= max(values)
+    assert mean.mean == pytest.approx(statistics.fmean(values))
+    assert min(values) <= mean.low <= mean.mean + 1e-9 and mean.mean - 1e-9 <= mean.high <= max(values)
     assert mean == mean_of(values, seed)
 
 
 def test_the_interval_is_that_of_the_mean():
     values = [1, 5] * 200  # standard error 2 / sqrt(400) = 0.1
     mean = mean_of(values, 1)
-    assert mean["low"] == pytest.approx(3 - 1.96 * 0.1, abs=0.02)
-    assert mean["high"] == pytest.approx(3 + 1.96 * 0.1, abs=0.02)
-    assert mean_of([4] * 9, 1) == {"mean": 4, "low": 4, "high": 4}
+    assert mean.low == pytest.approx(3 - 1.96 * 0.1, abs=0.02)
+    assert mean.high == pytest.approx(3 + 1.96 * 0.1, abs=0.02)
+    assert mean_of([4] * 9, 1) == Mean(4, 4, 4) and str(mean_of([4], 1)) == "4.00 [4.00, 4.00]"
 
 
-def test_the_ungraded_are_counted_and_in_no_mean():
-    means = summary([Grades(5, 4, 3), "no three grades", Grades(3, 4, 1)], 0)
-    assert (means["graded"], means["ungraded"]) == (2, 1)
-    assert [means[score]["mean"] for score in ("relevance", "accuracy", "satisfaction")] == [4, 4, 2]
-    assert summary(["refused"], 0) == {
-        **{"graded": 0, "ungraded": 1},
-        **dict.fromkeys(("satisfaction", "relevance", "accuracy")),
-    }
+def test_the_ungraded_are_in_no_mean():
+    means = means_of([Grades(5, 4, 3), "no three grades", Grades(3, 4, 1)], 0)
+    assert {score: mean.mean for score, mean in means.items()} == {"satisfaction": 2, "relevance": 4, "accuracy": 4}
+    assert means_of(["refused"], 0) == {}
 
 
 def ask_with(judge) -> tuple[list[Request], object]:
@@ -64,8 +54,21 @@ def ask_with(judge) -> tuple[list[Request], object]:
     return requests, ask
 
 
-async def collect(source) -> list:
-    return [item async for item in source]
+def grade_all(ask, pairs: list[Pair]) -> list[Grades | str]:
+    async def collect() -> list[Grades | str]:
+        return [of async for _, of in map_in_order(lambda pair: grade(ask, ZH, pair, RULES), pairs, 8)]
+
+    return asyncio.run(collect())
+
+
+def compare_all(ask, both: list[tuple[Pair, Pair]], seed: int, window: int = 8) -> list[int | str]:
+    swapped = coins(len(both), seed)
+
+    async def collect() -> list[int | str]:
+        places = map_in_order(lambda n: compare(ask, ZH, *both[n], swapped[n], RULES), range(len(both)), window)
+        return [place async for _, place in places]
+
+    return asyncio.run(collect())
 
 
 def test_grades_come_in_order_and_what_cannot_be_read_is_asked_again_then_named():
@@ -78,23 +81,22 @@ def test_grades_come_in_order_and_what_cannot_be_read_is_asked_again_then_named(
         return f"相关性：{number}\n准确性：{number}\n满意度：{number}"
 
     requests, ask = ask_with(judge)
-    pairs = [("问什么？", "答1"), ("问什么？", "坏2"), ("问什么？", "拒3"), ("问什么？", "答4")]
-    graded = asyncio.run(collect(grade_all(ask, lambda _: ZH, pairs, RULES, 8)))
-    assert graded == [Grades(1, 1, 1), "no three grades", "too long", Grades(4, 4, 4)]
+    pairs = [Pair("问什么？", answer) for answer in ("答1", "坏2", "拒3", "答4")]
+    assert grade_all(ask, pairs) == [Grades(1, 1, 1), "no three grades", "too long", Grades(4, 4, 4)]
     again = [request for request in requests if "坏" in request.messages[0]["content"]]
     assert [request.sample for request in again] == [0, 1, 2]
     assert [request.temperature > 0 for request in again] == [False, True, True]
 
 
 def test_a_judge_that_only_likes_the_first_place_finds_no_winner():
-    triples = [(f"第{n}个问题？", f"甲{n}", f"乙{n}") for n in range(200)]
+    both = [(Pair(f"第{n}个问题？", f"甲{n}"), Pair(f"第{n}个问题？", f"乙{n}")) for n in range(200)]
     requests, ask = ask_with(lambda request: "结论：一更好")
-    better = asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 42, 32)))
+    better = compare_all(ask, both, 42, 32)
     assert 70 < better.count(0) < 130 and better.count(0) + better.count(1) == 200
     shown = {request.messages[0]["content"] for request in requests}
     assert all(any(f"回答一：{'甲乙'[place]}{n}\n" in prompt for prompt in shown) for n, place in enumerate(better))
-    assert better == asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 42, 1)))
-    assert better != asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 43, 1)))
+    assert better == compare_all(ask, both, 42, 1)
+    assert better != compare_all(ask, both, 43, 1)
 
 
 def test_a_judge_that_prefers_an_answer_finds_it_wherever_it_stands():
@@ -103,8 +105,8 @@ def test_a_judge_that_prefers_an_answer_finds_it_wherever_it_stands():
         return "不相上下" if first == second else "一更好" if first == "好" else "二更好"
 
     _, ask = ask_with(judge)
-    triples = [("问什么？", "好", "坏"), ("问什么？", "坏", "好"), ("问什么？", "坏", "坏")] * 20
-    assert asyncio.run(collect(compare_all(ask, lambda _: ZH, triples, RULES, 1, 8))) == [0, 1, 2] * 20
+    good, bad = Pair("问什么？", "好"), Pair("问什么？", "坏")
+    assert compare_all(ask, [(good, bad), (bad, good), (bad, bad)] * 20, 1) == [0, 1, 2] * 20
 
 
 def test_the_demonstration_engine_judges_in_the_form_asked_for():
@@ -123,5 +125,5 @@ def test_the_demonstration_engine_judges_in_the_form_asked_for():
 
 def test_the_picture_is_drawn_for_one_and_for_many(tmp_path: Path):
     for names in (["a"], [f"model {n}" for n in range(8)]):
-        plot(tmp_path / "judge.png", names, [{"mean": 3.5, "low": 3.0, "high": 3.9}] * len(names))
+        plot(tmp_path / "judge.png", dict.fromkeys(names, Mean(3.5, 3.0, 3.9)))
         assert (tmp_path / "judge.png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,7 @@
 """Judging outputs: a model grades answers from 1 to 5, and says which of two is better (paper section 4)."""
 
 import dataclasses
+import random
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -29,10 +30,16 @@ async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: JudgeRules) -> Gr
     return await _ask_judge(ask, messages, prompts.judge_pattern(), rules, lambda said: parse_grades(said, prompts))
 
 
+def coins(number: int, seed: int) -> list[bool]:
+    """Whether to swap the two answers to each of ``number`` questions, at random: judges prefer places."""
+    coin = random.Random(seed)
+    return [coin.random() < 0.5 for _ in range(number)]
+
+
 async def compare(ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped: bool, rules: JudgeRules) -> int | str:
     """Which of two answers to a question is better: 0, 1, or 2 for neither; or the reason why that is not known.
 
-    Judges prefer places: ``swapped`` shows the second answer first.
+    ``swapped`` shows the second answer first.
     """
     shown = (second.answer, first.answer) if swapped else (first.answer, second.answer)
     messages = prompts.compare_messages(first.question, *shown)

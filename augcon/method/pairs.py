@@ -1,12 +1,13 @@
 """Pairs for the scorer: a query of a tree, and a worse one for the same context (paper section 3.3)."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TypedDict
 
 from augcon.data import Ask, Query, Request, ScorerPair
 from augcon.method.ask import ask_until_parsed
 from augcon.method.tree import TreeRules
+from augcon.ordered import map_in_order
 from augcon.text.parse import parse_question
 from augcon.text.prompts import Prompts
 
@@ -26,11 +27,37 @@ NEGATIVES: dict[str, Weaker] = {
 _BALANCED = 0.8
 
 
-async def make_pair(ask: Ask, prompts: Prompts, query: Query, kind: str, rules: TreeRules) -> ScorerPair | str:
-    """Pairs a query with one for the same context from a weaker prompt of ``kind``; or says why there is none.
+async def make_pairs(
+    ask: Ask,
+    prompts_for: Callable[[int], Prompts],
+    queries: Sequence[Query],
+    negatives: int,
+    rules: TreeRules,
+    seed: int,
+    window: int,
+) -> AsyncIterator[ScorerPair | str]:
+    """Pairs each of some queries with a worse one; or says why a query makes no pair.
 
-    Generation stops where the halves would begin.
+    Each kind of negative has a third of the queries to draw from, in random order, until it has ``negatives`` pairs.
+    ``prompts_for`` gives the prompts for a root context by its number.
     """
+    order = random.Random(seed).sample(queries, len(queries))
+    third = len(order) // len(NEGATIVES)
+    for number, kind in enumerate(NEGATIVES):
+
+        async def pair(query: Query, kind: str = kind) -> ScorerPair | str:
+            return await _make_pair(ask, prompts_for(query.root), query, kind, rules)
+
+        reserve, made = order[number * third : (number + 1) * third], 0
+        while reserve and made < negatives:
+            batch, reserve = reserve[: negatives - made], reserve[negatives - made :]
+            async for _, outcome in map_in_order(pair, batch, window):
+                made += isinstance(outcome, ScorerPair)
+                yield outcome
+
+
+async def _make_pair(ask: Ask, prompts: Prompts, query: Query, kind: str, rules: TreeRules) -> ScorerPair | str:
+    """A pair with a query from a weaker prompt; generation stops where the halves would begin."""
     request = Request(
         prompts.cst_messages(query.context, **NEGATIVES[kind]),
         rules.query_temperature,
@@ -44,13 +71,6 @@ async def make_pair(ask: Ask, prompts: Prompts, query: Query, kind: str, rules: 
     if "".join(worse.value.split()) == "".join(query.text.split()):
         return "equal to the good one"
     return ScorerPair(query.context, query.text, worse.value, kind, query.root, query.id)
-
-
-def queries_by_kind(queries: Sequence[Query], seed: int) -> dict[str, list[Query]]:
-    """For each kind of negative, a third of the queries to make pairs from, in random order."""
-    order = random.Random(seed).sample(queries, len(queries))
-    third = len(order) // len(NEGATIVES)
-    return {kind: order[number * third : (number + 1) * third] for number, kind in enumerate(NEGATIVES)}
 
 
 def balance(made: Mapping[str, Sequence[ScorerPair]]) -> list[ScorerPair]:

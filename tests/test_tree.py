@@ -8,15 +8,14 @@ from collections.abc import Callable
 
 import pytest
 
-from augcon.llm.client import Refused, Reply, Request
+from augcon.data import Node, Query, Refused, Reply, Request, RootContext, ScorerPair
 from augcon.method import pairs
-from augcon.method import tree as cst
-from augcon.run.corpus import RootContext
+from augcon.method.tree import TreeRules, fill_root, grow_tree
 from augcon.text.prompts import load_prompts
 from augcon.text.units import length, sentences
 
 PROMPTS = load_prompts("zh")
-RULES = cst.TreeRules()
+RULES = TreeRules()
 TEXT = "".join(f"第{word}条街上新开了一家面包店，每天早上{word}点开门。" for word in "一二三四五六七八")
 
 
@@ -52,8 +51,8 @@ class Model:
         return answer if isinstance(answer, Reply) else Reply(answer, complete=True)
 
 
-def grow(model: Model, text: str = TEXT, rules: cst.TreeRules = RULES) -> list[cst.Node]:
-    return asyncio.run(cst.grow_tree(model, PROMPTS, root_of(text), rules))
+def grow(model: Model, text: str = TEXT, rules: TreeRules = RULES) -> list[Node]:
+    return asyncio.run(grow_tree(model, PROMPTS, root_of(text), rules))
 
 
 def test_one_call_gives_the_query_and_the_split_and_every_node_is_visited_once():
@@ -66,6 +65,9 @@ def test_one_call_gives_the_query_and_the_split_and_every_node_is_visited_once()
         assert node.context in by_path[node.path[:-1]].context
     leaves = [node for node in nodes if node.path + "1" not in by_path]
     assert "".join(node.context for node in leaves) == TEXT
+    assert len({node.id for node in nodes}) == len(nodes) and by_path["12"].id == "0:0:12"
+    (query,) = by_path["12"].queries
+    assert (query.id, query.root, query.pass_number, query.path) == ("0:0:12", 0, 0, "12")
 
 
 def test_a_context_below_min_length_is_asked_nothing():
@@ -106,7 +108,7 @@ def test_a_bad_reply_is_asked_again_with_a_fresh_sample(bad: str | Reply):
     nodes = grow(model)
     assert {node.outcome for node in nodes} <= {"done", "too short"}
     of_root = [request.sample for request in model.asked if context_of(request) == TEXT]
-    assert of_root == [0, 1, 2, 3]
+    assert of_root == [0, 1, 2, 3] and nodes[0].tries == 4
 
 
 def test_a_node_that_never_parses_ends_alone_and_its_siblings_go_on():
@@ -177,14 +179,14 @@ def test_passes_are_repeated_until_the_quota_of_diverse_queries_is_covered():
         n = next(numbers)
         return PROMPTS.cst_reply(f"{subjects[n % 14]}与{subjects[(n * 5 + 3) % 14]}在{n}号", (context, ""))
 
-    result = asyncio.run(cst.fill_root(Model(diverse), PROMPTS, root_of(TEXT, quota=4), RULES))
+    result = asyncio.run(fill_root(Model(diverse), PROMPTS, root_of(TEXT, quota=4), RULES))
     assert result.diverse >= math.ceil(1.15 * 4) and result.passes == 5 and result.shortfall == ""
     assert [node.pass_number for node in result.nodes] == [0, 1, 2, 3, 4]
 
 
 def test_a_root_whose_queries_repeat_stops_at_max_passes_and_says_why():
     same = Model(lambda context, _: PROMPTS.cst_reply("面包店每天几点开门呢？", (context, "")))
-    result = asyncio.run(cst.fill_root(same, PROMPTS, root_of(TEXT, quota=4), RULES))
+    result = asyncio.run(fill_root(same, PROMPTS, root_of(TEXT, quota=4), RULES))
     assert result.passes == RULES.max_passes and result.diverse == 1
     assert result.shortfall == f"1 of 4 diverse queries after {RULES.max_passes} passes"
     assert [request.sample for request in same.asked] == [p * RULES.tries for p in range(RULES.max_passes)]
@@ -195,7 +197,7 @@ def test_a_root_that_can_bear_no_query_is_tried_once_and_says_why(text: str, rea
     def refuses(context: str, _: Request) -> None:
         raise Refused("no")
 
-    result = asyncio.run(cst.fill_root(Model(refuses), PROMPTS, root_of(text), RULES))
+    result = asyncio.run(fill_root(Model(refuses), PROMPTS, root_of(text), RULES))
     assert (result.passes, result.shortfall) == (1, reason)
 
 
@@ -205,37 +207,38 @@ def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
     def fresh(context: str, _: Request) -> str:
         return PROMPTS.cst_reply(f"第{next(numbers)}个问题问的是什么？", (context, ""))
 
-    before = asyncio.run(cst.fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES))
+    before = asyncio.run(fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES))
     numbers = itertools.count()
-    after = asyncio.run(cst.fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES, refills=2))
+    after = asyncio.run(fill_root(Model(fresh), PROMPTS, root_of(TEXT, quota=1), RULES, refills=2))
     assert (after.passes, after.refills) == (before.passes + 2, 2) and before.refills == 0
     assert after.nodes[: len(before.nodes)] == before.nodes
     assert [node.pass_number for node in after.nodes if not node.path] == list(range(after.passes))
 
 
-def pairs_of(model: Model, positives: list[tuple[int, str, str]], per_type: int = 100) -> list[pairs.ScorerPair | str]:
-    async def collect() -> list[pairs.ScorerPair | str]:
-        source = pairs.scorer_pairs(model, lambda root: PROMPTS, positives, per_type, RULES, seed=1, window=8)
+def pairs_of(model: Model, queries: list[Query], negatives: int = 100) -> list[ScorerPair | str]:
+    async def collect() -> list[ScorerPair | str]:
+        source = pairs.make_pairs(model, lambda root: PROMPTS, queries, negatives, RULES, seed=1, window=8)
         return [outcome async for outcome in source]
 
     return asyncio.run(collect())
 
 
-POSITIVES = [(n, f"{TEXT}{n}", f"第{n}家面包店几点开门？") for n in range(60)]
+QUERIES = [Query(f"{n}:0:", n, f"{TEXT}{n}", f"第{n}家面包店几点开门？") for n in range(60)]
 
 
 def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_question():
     model = Model(lambda context, request: f"问题：{len(request.messages)}面包怎么样")
-    made = pairs_of(model, POSITIVES, per_type=5)
+    made = pairs_of(model, QUERIES, negatives=5)
     assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 5)
     seen = Counter(
-        (request.messages[0]["content"].startswith(PROMPTS.weak_instruction), len(request.messages))
+        (request.messages[0]["content"].startswith(PROMPTS.cst.weak_instruction), len(request.messages))
         for request in model.asked
     )
     assert seen == {(True, 7): 5, (False, 3): 5, (True, 3): 5}
     assert all(request.end == ("\n片段1：", "\n片段1:") for request in model.asked)
-    good = {(root, context): query for root, context, query in POSITIVES}
-    assert all(good[pair.root, pair.context] == pair.pos_query != pair.neg_query for pair in made)
+    good = {query.id: (query.root, query.context, query.text) for query in QUERIES}
+    assert all(good[pair.id] == (pair.root, pair.context, pair.pos_query) for pair in made)
+    assert all(pair.pos_query != pair.neg_query for pair in made)
 
 
 def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the_reserve():
@@ -243,8 +246,8 @@ def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the
         number = int(context.removeprefix(TEXT))
         return f"问题：第{number}家面包店几点开门？" if number % 4 == 0 else "问题：面包怎么样"
 
-    outcomes = pairs_of(Model(equal), POSITIVES, per_type=6)
-    made = [outcome for outcome in outcomes if isinstance(outcome, pairs.ScorerPair)]
+    outcomes = pairs_of(Model(equal), QUERIES, negatives=6)
+    made = [outcome for outcome in outcomes if isinstance(outcome, ScorerPair)]
     assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 6)
     assert set(outcomes) - set(made) == {"equal to the good one"}
     assert all(pair.pos_query != pair.neg_query for pair in made)
@@ -252,13 +255,13 @@ def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the
 
 def test_a_stop_string_is_used_once_as_it_may_have_cut_the_reply_short():
     model = Model(lambda context, request: "嗯" if request.end else "问题：面包怎么样")
-    assert len(pairs_of(model, POSITIVES, per_type=3)) == 9
+    assert len(pairs_of(model, QUERIES, negatives=3)) == 9
 
 
 def test_types_are_balanced_unless_one_can_hardly_be_had():
-    def made(*sizes: int) -> dict[str, list[pairs.ScorerPair]]:
+    def made(*sizes: int) -> dict[str, list[ScorerPair]]:
         kinds = zip(pairs.NEGATIVES, sizes, strict=True)
-        return {kind: [pairs.ScorerPair("c", "p", "n", kind, n) for n in range(size)] for kind, size in kinds}
+        return {kind: [ScorerPair("c", "p", "n", kind, n, f"{n}:0:") for n in range(size)] for kind, size in kinds}
 
     assert Counter(pair.type for pair in pairs.balance(made(30, 28, 29))) == dict.fromkeys(pairs.NEGATIVES, 28)
     assert len(pairs.balance(made(30, 0, 29))) == 59
@@ -266,7 +269,7 @@ def test_types_are_balanced_unless_one_can_hardly_be_had():
 
 
 def test_on_a_small_corpus_each_type_has_at_most_a_third_of_the_queries():
-    made = pairs_of(Model(lambda context, request: "问题：面包怎么样"), POSITIVES[:11])
+    made = pairs_of(Model(lambda context, request: "问题：面包怎么样"), QUERIES[:11])
     assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 3)
     assert len({pair.root for pair in made}) == 9
-    assert pairs_of(Model(), POSITIVES[:2]) == []
+    assert pairs_of(Model(), QUERIES[:2]) == []

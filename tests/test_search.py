@@ -1,23 +1,25 @@
 """The search for demonstrations: what is tried, what wins, and what is said where it cannot be."""
 
 import asyncio
+import dataclasses
 import json
 import math
-import random
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from augcon.data import Answer, Example, Query, Refused, Reply, Request
 from augcon.errors import UserError
-from augcon.llm.client import Refused, Reply, Request
-from augcon.method.answers import AnswerRules, Graded, Search, answer_question, plan_search, read_examples, try_example
+from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
+from augcon.run.examples import read_examples
 from augcon.text.prompts import load_prompts
 
 ZH = load_prompts("zh")
-CHINESE = [(f"第{n}段。", f"第{n}个问题是什么？", f"第{n}个回答。") for n in range(6)]
-ENGLISH = [(f"Text {n}.", f"What is question {n}?", f"Answer {n}.") for n in range(3)]
+CHINESE = [Example(f"第{n}段。", f"第{n}个问题是什么？", f"第{n}个回答。") for n in range(6)]
+ENGLISH = [Example(f"Text {n}.", f"What is question {n}?", f"Answer {n}.") for n in range(3)]
+ASKED = Query("0:0:", 0, "甲。", "是什么？")
 RULES = AnswerRules()
 
 
@@ -37,37 +39,35 @@ class Model:
 
 def search_with(*grades: list[int | None]) -> Search:
     """A search with these grades for its sets."""
-    trials = [[Graded(n, "a", grade) for n, grade in enumerate(row)] for row in grades]
-    return Search("zh", CHINESE, [(n,) for n in range(len(grades))], True, trials)
+    graded = {candidate: [Graded(n, "a", grade) for n, grade in enumerate(row)] for candidate, row in enumerate(grades)}
+    return Search("zh", CHINESE, [(n,) for n in range(len(grades))], True, graded)
 
 
 @given(st.integers(1, 6), st.integers(1, 30), st.integers(0, 99))
 def test_different_sets_of_the_size_asked_for_as_many_as_there_are(size: int, candidates: int, seed: int):
-    search = plan_search(CHINESE + ENGLISH, "zh", size, candidates, random.Random(seed))
+    search = plan_search(CHINESE + ENGLISH, "zh", size, candidates, seed)
     assert search.examples == CHINESE and search.own
     assert len(search.sets) == len(set(search.sets)) == min(candidates, math.comb(6, size))
-    for chosen in search.sets:
+    trials = search.trials()
+    for candidate, chosen in enumerate(search.sets):
         assert len(set(chosen)) == size
-        left_out = search.left_out(chosen)
-        assert not left_out or sorted([*chosen, *left_out]) == list(range(6))
-    assert search == plan_search(CHINESE + ENGLISH, "zh", size, candidates, random.Random(seed))
+        left_out = [trial.example for trial in trials if trial.candidate == candidate]
+        assert not trials or sorted([*chosen, *left_out]) == list(range(6))
+    assert search == plan_search(CHINESE + ENGLISH, "zh", size, candidates, seed)
 
 
 def test_another_seed_draws_other_sets():
-    assert (
-        plan_search(CHINESE, "zh", 3, 5, random.Random(1)).sets
-        != plan_search(CHINESE, "zh", 3, 5, random.Random(2)).sets
-    )
+    assert plan_search(CHINESE, "zh", 3, 5, 1).sets != plan_search(CHINESE, "zh", 3, 5, 2).sets
 
 
 def test_with_too_few_examples_all_are_shown_and_nothing_is_searched():
-    search = plan_search(ENGLISH, "en", 3, 16, random.Random(0))
-    assert search.sets == [(0, 1, 2)] and search.left_out((0, 1, 2)) == []
-    assert search.demonstrations == ENGLISH
+    search = plan_search(ENGLISH, "en", 3, 16, 0)
+    assert search.sets == [(0, 1, 2)] and search.trials() == []
+    assert search.shown(search.winner) == ENGLISH
 
 
 def test_a_language_without_examples_uses_those_of_others():
-    search = plan_search(ENGLISH, "zh", 2, 16, random.Random(0))
+    search = plan_search(ENGLISH, "zh", 2, 16, 0)
     assert not search.own and search.examples == ENGLISH and len(search.sets) == 3
 
 
@@ -83,8 +83,8 @@ def test_a_language_without_examples_uses_those_of_others():
 )
 def test_the_best_mean_grade_wins(grades: list[list[int | None]], winner: int):
     search = search_with(*grades)
-    assert search.winner == winner and search.table()["chosen"] == [winner]
-    assert search.demonstrations == [CHINESE[winner]]
+    assert search.winner == winner and search.table()["chosen"] == (winner,)
+    assert search.shown(search.winner) == [CHINESE[winner]]
 
 
 def test_an_ungraded_set_has_no_mean_in_the_table():
@@ -93,49 +93,64 @@ def test_an_ungraded_set_has_no_mean_in_the_table():
     assert table["sets"][0]["answers"][2]["grade"] is None
 
 
+def attempt(model: Model, rules: AnswerRules = RULES) -> Graded:
+    """What comes of the sixth example where the first two are shown."""
+    search = Search("zh", CHINESE, [(0, 1), (1, 2)], True)
+    return asyncio.run(try_examples(model, ZH, search, Trial(0, 5), rules))
+
+
+def answer(model: Model, shown: list[Example]) -> Answer:
+    return asyncio.run(answer_query(model, ZH, shown, ASKED, RULES))
+
+
 def test_a_left_out_example_is_answered_then_graded_against_the_human_answer():
     model = Model("答案：第五。", "评分：7")
-    graded = asyncio.run(try_example(model, ZH, CHINESE[:2], CHINESE[5], 5, RULES))
+    graded = attempt(model)
     assert graded == Graded(5, "第五。", 7)
     asked, grading = model.requests
-    assert asked.messages == ZH.answer_messages(CHINESE[:2], *CHINESE[5][:2]) and asked.temperature == 0.2
-    assert grading.messages == ZH.grade_messages(*CHINESE[5], "第五。") and grading.temperature == 0
+    assert (
+        asked.messages == ZH.answer_messages(CHINESE[:2], CHINESE[5].context, CHINESE[5].question)
+        and asked.temperature == 0.2
+    )
+    assert (
+        grading.messages == ZH.grade_messages(*dataclasses.astuple(CHINESE[5]), "第五。") and grading.temperature == 0
+    )
 
 
 def test_an_unreadable_grade_is_asked_again_by_a_draw_that_can_differ_and_never_guessed():
     model = Model("第五。", "这个回答不错，8", "评分：6")
-    assert asyncio.run(try_example(model, ZH, [], CHINESE[5], 5, RULES)).grade == 6
+    assert attempt(model).grade == 6
     assert model.requests[2].sample == 1 and model.requests[2].temperature > 0
     model = Model("第五。", "这个回答不错，8")
-    assert asyncio.run(try_example(model, ZH, [], CHINESE[5], 5, RULES)) == Graded(5, "第五。", None, "no grade")
+    assert attempt(model) == Graded(5, "第五。", None, "no grade")
     assert len(model.requests) == 1 + RULES.tries
 
 
 def test_an_example_without_an_answer_is_not_graded():
     model = Model(" ")
-    graded = asyncio.run(try_example(model, ZH, [], CHINESE[5], 5, RULES))
+    graded = attempt(model)
     assert graded == Graded(5, None, None, "no answer: empty") and len(model.requests) == RULES.answer_tries
-    graded = asyncio.run(try_example(Model(Refused("too long")), ZH, [], CHINESE[5], 5, RULES))
+    graded = attempt(Model(Refused("too long")))
     assert graded.detail == "no answer: too long"
 
 
 def test_a_server_can_be_held_to_the_form_of_a_grade():
     model = Model("好", "评分：3")
-    asyncio.run(try_example(model, ZH, [], CHINESE[5], 5, AnswerRules(structured_output=True)))
+    attempt(model, AnswerRules(structured_output=True))
     assert [request.pattern for request in model.requests] == [None, "评分：([1-9]|10)"]
 
 
 def test_answers_are_asked_for_again_with_fresh_samples_and_then_dropped_with_the_reason():
     model = Model("根据文本，是甲。", Reply("是", complete=False), "答案：是甲。")
-    answered = asyncio.run(answer_question(model, ZH, CHINESE[:3], "甲。", "是什么？", RULES))
-    assert (answered.answer, answered.tries) == ("是甲。", 3)
+    answered = answer(model, CHINESE[:3])
+    assert (answered.text, answered.tries) == ("是甲。", 3)
     assert [request.sample for request in model.requests] == [0, 1, 2]
     model = Model("根据文本，是甲。")
-    answered = asyncio.run(answer_question(model, ZH, [], "甲。", "是什么？", RULES))
-    assert (answered.answer, answered.tries, answered.reason) == (None, 3, "speaks of the text")
+    answered = answer(model, [])
+    assert (answered.text, answered.tries, answered.reason) == (None, 3, "speaks of the text")
     assert answered.reply == "根据文本，是甲。"
-    answered = asyncio.run(answer_question(Model(Refused("refused")), ZH, [], "甲。", "是什么？", RULES))
-    assert (answered.answer, answered.tries, answered.reason) == (None, 0, "refused")
+    answered = answer(Model(Refused("refused")), [])
+    assert (answered.text, answered.tries, answered.reason) == (None, 0, "refused")
 
 
 def row(**changes: object) -> str:
@@ -145,7 +160,7 @@ def row(**changes: object) -> str:
 def test_examples_are_read_whatever_the_editor_left(tmp_path: Path):
     path = tmp_path / "e.jsonl"
     path.write_bytes(("\ufeff" + row(note=1) + "\r\n\r\n  \n" + row(answer=" 乙\r\n丙 ")).encode())
-    assert read_examples(path) == [("甲。", "是什么？", "是甲。"), ("甲。", "是什么？", "乙\n丙")]
+    assert read_examples(str(path)) == [Example("甲。", "是什么？", "是甲。"), Example("甲。", "是什么？", "乙\n丙")]
 
 
 @pytest.mark.parametrize(
@@ -166,11 +181,11 @@ def test_a_bad_file_of_examples_is_named_with_its_line(tmp_path: Path, content: 
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        read_examples(path)
+        read_examples(str(path))
     assert all(part in str(error.value) for part in ("--qa-examples", "bad.jsonl", *parts))
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no\.jsonl"):
-        read_examples(tmp_path / "no.jsonl")
+        read_examples(str(tmp_path / "no.jsonl"))
