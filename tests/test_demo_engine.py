@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from augcon.data import Example
 from augcon.demo.engine import MODEL, cut
 from augcon.demo.rules import halve, reply_to
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
@@ -24,7 +25,7 @@ from augcon.text.units import length, words
 
 ROOT = Path(__file__).parents[1]
 ZH, EN = load_prompts("zh"), load_prompts("en")
-CONTEXT = ZH.examples[0].context
+CONTEXT = ZH.cst.examples[0].context
 MENTIONS = re.compile(r"文本中|本文|文中|上文|上述内容|the text|the passage|the context", re.IGNORECASE)
 QA = {
     name: [json.loads(line) for line in (ROOT / file).read_text(encoding="utf-8").splitlines()]
@@ -52,8 +53,8 @@ def test_replies_do_not_depend_on_the_process():
     code = (
         "from augcon.demo.rules import reply_to\nfrom augcon.text.prompts import load_prompts\n"
         "p = load_prompts('zh')\n"
-        "print([reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).identity + "
-        "reply_to(p.cst_messages(p.examples[0].context, weak=w, examples=n), s).text "
+        "print([reply_to(p.cst_messages(p.cst.examples[0].context, weak=w, examples=n), s).identity + "
+        "reply_to(p.cst_messages(p.cst.examples[0].context, weak=w, examples=n), s).text "
         "for s in range(20) for w in (0, 1) for n in (1, 3)])"
     )
     printed = [
@@ -73,7 +74,7 @@ def test_replies_do_not_depend_on_the_process():
 def test_the_completions_prompt_gets_the_reply_of_the_chat_prompt(prompts):
     labels = prompts.labels
     context = f"{CONTEXT}\n\n{labels.context}：\n第二篇。\n\n{labels.question}：里面也有标签？"
-    demonstrations = [(row["context"], row["question"], row["answer"]) for row in QA[prompts.language][:3]]
+    demonstrations = [Example(row["context"], row["question"], row["answer"]) for row in QA[prompts.language][:3]]
     for messages in (
         prompts.cst_messages(context),
         prompts.cst_messages(context, weak=True, examples=1),
@@ -88,7 +89,7 @@ def test_the_completions_prompt_gets_the_reply_of_the_chat_prompt(prompts):
 
 @pytest.mark.parametrize("prompts", [ZH, EN])
 def test_the_halves_cover_the_context_and_are_made_of_its_words(prompts):
-    for example in prompts.examples:
+    for example in prompts.cst.examples:
         for choice in (0, 1):
             halves = halve(example.context, choice)
             assert "".join(halves).replace(" ", "") == re.sub(r"\s", "", example.context) or all(halves)
@@ -141,7 +142,7 @@ def test_any_text_as_a_context_gets_a_reply_in_the_form_of_the_prompt(context, s
 @given(st.text(max_size=200), st.text(max_size=60), st.text(max_size=60))
 def test_any_text_gets_an_answer_and_a_grade(context, asked, answer):
     assert reply_to(ZH.answer_messages([], context, asked), 0).text
-    assert reply_to(as_text(EN.answer_messages([(context, asked, answer)], context, asked)), 0).text
+    assert reply_to(as_text(EN.answer_messages([Example(context, asked, answer)], context, asked)), 0).text
     grade = reply_to(EN.grade_messages(context, asked, context, answer), 0).text
     assert 1 <= int(grade.removeprefix("Grade: ")) <= 10
 
@@ -182,7 +183,7 @@ def test_the_questions_of_a_tree_are_diverse_enough_for_the_quota():
             if length(half) < length(context):
                 yield from grow(half, seed)
 
-    for example in ZH.examples[:2]:
+    for example in ZH.cst.examples[:2]:
         kept = DiverseQueries(0.7)
         for seed in range(3):
             kept.offer_all(grow(example.context, seed))
@@ -203,7 +204,7 @@ def test_questions_stand_alone_and_are_of_a_sensible_length():
 @pytest.mark.parametrize("prompts", [ZH, EN])
 def test_answers_come_from_the_context_and_do_not_mention_it(prompts):
     rows = QA[prompts.language]
-    demonstrations = [(row["context"], row["question"], row["answer"]) for row in rows[:3]]
+    demonstrations = [Example(row["context"], row["question"], row["answer"]) for row in rows[:3]]
     for row in rows[3:]:
         answer = reply_to(prompts.answer_messages(demonstrations, row["context"], row["question"]), 0).text
         assert rouge_l_precision(words(answer), words(row["context"])) > 0.9
@@ -214,7 +215,7 @@ def test_answers_come_from_the_context_and_do_not_mention_it(prompts):
 
 def test_longer_demonstrations_get_longer_answers():
     row = QA["zh"][2]
-    short, long = ([("上下文。", "问？", "答" * size)] for size in (10, 200))
+    short, long = ([Example("上下文。", "问？", "答" * size)] for size in (10, 200))
     sizes = [
         length(reply_to(ZH.answer_messages(shown, row["context"], row["question"]), 0).text) for shown in (short, long)
     ]

@@ -212,7 +212,7 @@ def play(script: Any, results: Path, *flags: object) -> tuple["subprocess.Comple
 
 
 def is_grading(body: dict[str, Any]) -> bool:
-    return any(body["messages"][0]["content"].startswith(load_prompts(of).grade_instruction) for of in ("zh", "en"))
+    return any(body["messages"][0]["content"].startswith(load_prompts(of).grade.instruction) for of in ("zh", "en"))
 
 
 def test_each_question_meets_its_own_fate(tmp_path: Path):
