@@ -39,6 +39,12 @@ class Labels(_Section):
     grade: Text
 
 
+class Instruction(_Section):
+    """What a task is asked with."""
+
+    instruction: Text
+
+
 class WorkedExample(_Section):
     """A context with its question and its two halves; a half may be empty."""
 
@@ -47,18 +53,11 @@ class WorkedExample(_Section):
     halves: tuple[str, str]
 
 
-class Tree(_Section):
+class Tree(Instruction):
     """The prompts of the Context-Split-Tree."""
 
-    instruction: Text
     weak_instruction: Text
     examples: tuple[WorkedExample, ...] = Field(min_length=1)
-
-
-class Instruction(_Section):
-    """The prompt of a task that is shown no worked examples."""
-
-    instruction: Text
 
 
 class Judge(Instruction):
@@ -87,6 +86,8 @@ Patterns = tuple[Annotated[re.Pattern[str], PlainValidator(_compile)], ...]
 
 class Checks(_Section):
     """What answers are searched for; the file says what each list means."""
+
+    model_config = ConfigDict(str_strip_whitespace=False)  # a space is part of a pattern
 
     pieces: dict[str, str]
     refusals: Patterns
