@@ -31,7 +31,7 @@ def main() -> None:
         del sys.argv[end:]
         if not command:
             raise UserError("there is no command after --")
-    settings = load_settings(__doc__)
+    settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
     port = free_port() if command else port_of(settings.api_base)
     program = program_of(settings, port)
     with gpu_memory_released(), stopping_children(stop_with_parent=bool(command)):

@@ -21,8 +21,8 @@ from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.llm import client as llm_module
 from augcon.llm.client import LLM, STRIKES, Endpoint
-from augcon.llm.ordered import map_in_order
 from augcon.llm.store import Store
+from augcon.ordered import map_in_order
 from tests.scripted_server import (
     Behaviour,
     ScriptedServer,

@@ -1,4 +1,4 @@
-"""Asking the LLM: the client and its retries, the store of replies, and many calls with their results in order.
+"""Asking the LLM: the client, what its failures mean, and the store of replies.
 
 May import ``augcon.data``, ``augcon.errors`` and ``augcon.text``.
 """

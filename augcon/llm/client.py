@@ -104,7 +104,7 @@ class LLM:
         if self.served and self.model not in self.served:
             raise failures.unknown_model(self.model, api_base, self.served)
         if not self.served:  # a request for one token shows whether the address and the name are right
-            await self._ask_server(self._body(_PROBE))
+            await _Attempts(self, self._body(_PROBE)).reply()
         return self.model
 
     async def _list_models(self) -> None:
@@ -139,16 +139,11 @@ class LLM:
         async with self._slots:
             self.in_flight += 1
             try:
-                reply = await self._ask_server(body)
+                reply = await _Attempts(self, body).reply()
                 await self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
             finally:
                 self.in_flight -= 1
         return reply
-
-    async def _ask_server(self, body: dict[str, object]) -> Reply:
-        attempts = _Attempts(self, body)
-        retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=15)
-        return await retrying(attempts.decide, attempts.attempt)
 
     def _body(self, request: Request) -> dict[str, object]:
         """The JSON of a call."""
@@ -215,18 +210,19 @@ class _Attempts:
         self._strikes = 0
         self._successes: int | None = None  # of all requests, when this one last failed
 
-    async def attempt(self) -> Reply:
-        """Makes a call, within the time limit."""
+    async def reply(self) -> Reply:
+        """The reply, after as many attempts as it takes. Raises Refused or UserError where none can help."""
+        retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=15)
+        return await retrying(self._decide, self._attempt)
+
+    async def _attempt(self) -> Reply:
         async with asyncio.timeout(self._llm.endpoint.request_timeout):
             if self._probe:
                 await self._llm._call({**self._body, **self._llm._body(_PROBE)})
             return await self._llm._call(self._body)
 
-    def decide(self, error: Exception) -> bool | float:
-        """Whether to try again: False, True (after the usual wait) or the seconds to wait.
-
-        Raises Refused or UserError in place of a failure that no retry can mend.
-        """
+    def _decide(self, error: Exception) -> bool | float:
+        """Whether to try again: False, True (after the usual wait) or the seconds to wait."""
         if not isinstance(error, failures.FAILURES):
             return False
         llm, endpoint = self._llm, self._llm.endpoint
@@ -251,7 +247,7 @@ class _Attempts:
         self._probe = llm._successes == self._successes and not rate_limited
         self._successes = llm._successes
         if self._strikes >= STRIKES - 1:
-            raise Refused(f"{kind} {STRIKES} times, while other requests succeeded") from error
+            raise Refused(f"failed {STRIKES} times ({kind}), while other requests succeeded") from error
         llm.counts[f"retries: {kind}"] += 1
         return failures.retry_after(error, endpoint.server_wait) or True
 
