@@ -30,7 +30,7 @@ def main() -> None:
         command = sys.argv[end + 1 :]
         del sys.argv[end:]
         if not command:
-            raise UserError("there is no command after --")
+            raise UserError("there is no command after --; add one, or leave out --")
     settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
     port = free_port() if command else port_of(settings.api_base)
     program = program_of(settings, port)

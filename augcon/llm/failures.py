@@ -41,7 +41,9 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: l
     if isinstance(error, WRONG_KEY):
         return wrong_key(error, api_base)
     if error.code == "insufficient_quota":
-        return UserError(f"the account on the server at {api_base} is used up: {message}")
+        return UserError(
+            f"the quota of the key for {api_base} is used up ({message}); raise it or set another --api-key"
+        )
     if is_too_long(error):
         return Refused("context too long for the model")
     if status >= 500 or status in TEMPORARY:
@@ -68,7 +70,7 @@ def wrong_key(error: openai.APIStatusError, api_base: str) -> UserError:
 def unknown_model(model: str, api_base: str, served: list[str], detail: str = "") -> UserError:
     """The error for a server that does not serve ``model``; ``detail`` may quote what the server says."""
     choice = f"; it serves {', '.join(map(repr, served))}" if served else ""
-    return UserError(f"the server at {api_base} does not serve {model!r}{detail}{choice}; choose with --api-model")
+    return UserError(f"the server at {api_base} does not serve {model!r}{detail}{choice}; name one with --api-model")
 
 
 def is_too_long(error: openai.APIStatusError) -> bool:
