@@ -9,10 +9,11 @@ sft_data (dataset of question and answer), sft_origins.jsonl (where each pair ca
 """
 
 import asyncio
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from augcon.data import Answer, Query
 from augcon.errors import UserError, run_fast, stage
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 Searches = dict[Language, Search]
 
 
-class Scored(TypedDict):
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scored:
     """What is read of a line of scores.jsonl."""
 
     id: str
@@ -123,14 +125,17 @@ def write_data(settings: Settings, results: Results, queries: list[Query], answe
     """Writes the pairs, where they came from and what was dropped. Raises UserError when no pair is left."""
     answered = list(zip(queries, answers, strict=True))
     kept = [(query, answer) for query, answer in answered if answer.text is not None]
-    write_lines(results.dropped_queries, (dropped_row(query, answer) for query, answer in answered if not answer.text))
+    write_lines(
+        results.dropped_queries, (dropped_row(query, answer) for query, answer in answered if answer.text is None)
+    )
     write_lines(results.sft_origins, origins(settings, results, kept))
     columns = {"question": [query.text for query, _ in kept], "answer": [answer.text for _, answer in kept]}
     write_dataset(results.sft_data, columns)
     if not kept:
+        reasons = format_counts(Counter(answer.reason for answer in answers))
         raise UserError(
-            f"none of the {len(queries):,} answers is usable; see {results.dropped_queries}, then try another model "
-            "or prompt"
+            f"none of the {len(queries):,} answers is usable ({reasons}); see {results.dropped_queries}, then try "
+            "another model or prompt"
         )
 
 
@@ -144,7 +149,7 @@ def origins(settings: Settings, results: Results, kept: Iterable[tuple[Query, An
     """The lines of sft_origins.jsonl; None where the files of steps 1 and 2 do not tell."""
     articles = {root.root: root.article for root in results.read_contexts()} if results.contexts.exists() else {}
     scored = read_lines(results.scores, Scored, STEP_2) if results.scores.exists() else ()
-    scores = {row["id"]: row["score"] for row in scored}
+    scores = {row.id: row.score for row in scored}
     for query, answer in kept:
         yield {
             "id": query.id,
@@ -153,6 +158,7 @@ def origins(settings: Settings, results: Results, kept: Iterable[tuple[Query, An
             "root": query.root,
             "pass": query.pass_number,
             "path": query.path,
+            "depth": None if query.path is None else len(query.path),
             "score": scores.get(query.id),
             "tries": answer.tries,
             "language": prompts_for(query.text, settings.language).language,

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import datasets
 import hypothesis
 import pytest
 
@@ -103,6 +104,11 @@ def says_one_line(result: "subprocess.CompletedProcess[str]", *parts: str) -> bo
     """Whether a run ended on an error of one line that has these parts."""
     lines = [line for line in result.stderr.splitlines() if line.strip() and "|" not in line]
     return result.returncode != 0 and len(lines) == 1 and all(part in lines[0] for part in ("error: ", *parts))
+
+
+def outputs_in(folder: Path, questions: list[str], answer: str) -> Path:
+    datasets.Dataset.from_dict({"question": questions, "answer": [answer] * len(questions)}).save_to_disk(folder)
+    return folder
 
 
 @pytest.fixture

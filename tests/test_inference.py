@@ -1,4 +1,4 @@
-"""Inference and its judge through the front door: the script as a process, its files, its last words."""
+"""Inference through the front door: the script as a process, its files, its last words."""
 
 import asyncio
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import ROOT, Engine, clean_environment, run, says_one_line, start
+from conftest import ROOT, Engine, clean_environment, outputs_in, run, says_one_line, start
 from scripted_server import ScriptedServer, answers, refuses, says
 
 QUESTIONS = [f"第{n}个问题是什么？" for n in range(40)]
@@ -89,7 +89,7 @@ def test_what_is_wrong_with_an_answer_is_counted_and_its_row_stays(tmp_path: Pat
         ("最后？", "好。"),
         ("好的？", "好。\n\n---\n\n### 再说\n- 一"),
     ]
-    assert "asked:   7 questions, 3 skipped (not a text 2, empty 1)" in done.stdout
+    assert "asked:   7 questions, 3 skipped (no text in the field 1, not a text 1, empty 1)" in done.stdout
     for flaw in ("empty 1", "cut off 1", "refused (refused with status 400) 1"):
         assert flaw in done.stdout
 
@@ -184,56 +184,7 @@ def test_a_server_that_refuses_every_question_ends_in_one_line(tmp_path: Path):
             ["no field 'q'", "--question-field", "--questions"],
         ),
         (["--questions", "no.txt"], ["--questions", "no.txt"]),
-        (["--judge", "tests"], ["--judge", "'tests'", "inference.py"]),
-        (["--judge", " , "], ["--judge", "names no folder"]),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path, flags: list[str], parts: list[str]):
     assert says_one_line(run("inference.py", "--api-base", engine.api, "--results", tmp_path / "r", *flags), *parts)
-
-
-def outputs_in(folder: Path, questions: list[str], answer: str) -> Path:
-    datasets.Dataset.from_dict({"question": questions, "answer": [answer] * len(questions)}).save_to_disk(folder)
-    return folder
-
-
-def test_outputs_of_two_models_are_graded_compared_and_drawn(engine: Engine, tmp_path: Path):
-    asked = ["蜂蜡布应该怎样清洗？", "蜂蜡布能用多久？", "How is beeswax wrap cleaned?"]
-    base = outputs_in(tmp_path / "base", asked, "")
-    tuned = outputs_in(
-        tmp_path / "tuned", asked, "蜂蜡布用冷水清洗，晾干，能用一年。Beeswax wrap is cleaned in cold water."
-    )
-    flags = ["--api-base", engine.api, "--results", tmp_path / "r", "--judge", f"{base}, {tuned}"]
-    done = run("inference.py", *flags)
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
-    assert [row["question"] for row in rows] == asked
-    assert {row["better"] for row in rows} == {str(tuned)}
-    summary = json.loads((tmp_path / "r" / "judge.json").read_text())
-    assert summary["judge"] == "augcon-demo-not-an-llm"
-    assert summary["better"] == {str(base): 0, str(tuned): 3, "neither": 0, "undecided": 0}
-    for name in (str(base), str(tuned)):
-        grades = [row["grades"][name]["satisfaction"] for row in rows]
-        assert summary[name]["satisfaction"]["mean"] == pytest.approx(sum(grades) / 3)
-        assert (summary[name]["graded"], summary[name]["ungraded"]) == (3, 0)
-    assert summary[str(base)]["satisfaction"]["high"] == 1 < summary[str(tuned)]["satisfaction"]["low"]
-    assert f"better:  {base} 0, {tuned} 3, neither 0, undecided 0" in done.stdout
-    assert (tmp_path / "r" / "judge.png").read_bytes().startswith(b"\x89PNG")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
-    again = run("inference.py", *flags)
-    assert "calls:   0 in this run" in again.stdout
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
-
-
-def test_outputs_for_other_questions_are_not_compared_and_an_unreadable_judge_is_told(tmp_path: Path):
-    first, second = (
-        outputs_in(tmp_path / "a", ["一？", "二？"], "甲"),
-        outputs_in(tmp_path / "b", ["二？", "一？"], "甲"),
-    )
-    flags = ["--results", tmp_path / "r", "--judge"]
-    done, bodies = play(lambda body, before: says("这个回答值 4 分"), *flags, f"{first},{second}")
-    assert says_one_line(done, "--judge", str(second), "in their order") and not bodies
-    done, bodies = play(lambda body, before: says("这个回答值 4 分"), *flags, first)
-    assert says_one_line(done, "no answer could be graded", "no three grades 2") and len(bodies) == 2 * 4
-    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
-    assert [row["grades"] for row in rows] == [{str(first): None}] * 2

@@ -1,12 +1,17 @@
 """How the judge is asked, and what becomes of its grades."""
 
 import asyncio
+import json
 import statistics
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from conftest import Engine, outputs_in, run, says_one_line
 from hypothesis import given
 from hypothesis import strategies as st
+from scripted_server import ScriptedServer, says
 
 from augcon.data import Grades, Pair, Refused, Reply, Request
 from augcon.demo.rules import reply_to
@@ -127,3 +132,72 @@ def test_the_picture_is_drawn_for_one_and_for_many(tmp_path: Path):
     for names in (["a"], [f"model {n}" for n in range(8)]):
         plot(tmp_path / "judge.png", dict.fromkeys(names, Mean(3.5, 3.0, 3.9)))
         assert (tmp_path / "judge.png").read_bytes().startswith(b"\x89PNG")
+
+
+# The script
+
+
+def play_judge(script: Any, *flags: object) -> tuple["subprocess.CompletedProcess[str]", list[dict[str, Any]]]:
+    """The script against a scripted server: how it ended, and the requests."""
+
+    async def run_it() -> tuple["subprocess.CompletedProcess[str]", list[dict[str, Any]]]:
+        async with ScriptedServer(script) as server:
+            command = ["judge.py", "--api-base", server.url, *flags]
+            return await asyncio.to_thread(run, *command, timeout=60), server.bodies
+
+    return asyncio.run(run_it())
+
+
+@pytest.mark.parametrize(
+    ("outputs", "parts"),
+    [
+        ("tests", ["tests", "inference.py"]),
+        (" , ", ["--outputs", "names no folder"]),
+        ("none", ["none", "inference.py"]),
+    ],
+)
+def test_folders_without_outputs_are_one_line(engine: Engine, tmp_path: Path, outputs: str, parts: list[str]):
+    done = run("judge.py", "--api-base", engine.api, "--results", tmp_path / "r", "--outputs", outputs)
+    assert says_one_line(done, *parts)
+
+
+def test_outputs_of_two_models_are_graded_compared_and_drawn(engine: Engine, tmp_path: Path):
+    asked = ["蜂蜡布应该怎样清洗？", "蜂蜡布能用多久？", "How is beeswax wrap cleaned?"]
+    base = outputs_in(tmp_path / "base", asked, "")
+    tuned = outputs_in(
+        tmp_path / "tuned", asked, "蜂蜡布用冷水清洗，晾干，能用一年。Beeswax wrap is cleaned in cold water."
+    )
+    flags = ["--api-base", engine.api, "--results", tmp_path / "r", "--outputs", f"{base}, {tuned}"]
+    done = run("judge.py", *flags)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == asked
+    assert {row["better"] for row in rows} == {str(tuned)}
+    summary = json.loads((tmp_path / "r" / "judge.json").read_text())
+    assert summary["judge"] == "augcon-demo-not-an-llm"
+    assert summary["better"] == {str(base): 0, str(tuned): 3, "neither": 0, "undecided": 0}
+    for name in (str(base), str(tuned)):
+        grades = [row["grades"][name]["satisfaction"] for row in rows]
+        assert summary[name]["satisfaction"]["mean"] == pytest.approx(sum(grades) / 3)
+        assert (summary[name]["graded"], summary[name]["ungraded"]) == (3, 0)
+    assert summary[str(base)]["satisfaction"]["high"] == 1 < summary[str(tuned)]["satisfaction"]["low"]
+    assert f"better:  {base} 0, {tuned} 3, neither 0, undecided 0" in done.stdout
+    assert (tmp_path / "r" / "judge.png").read_bytes().startswith(b"\x89PNG")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
+    again = run("judge.py", *flags)
+    assert "calls:   0 in this run" in again.stdout
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "r").glob("judge.json*")}
+
+
+def test_outputs_for_other_questions_are_not_compared_and_an_unreadable_judge_is_told(tmp_path: Path):
+    first, second = (
+        outputs_in(tmp_path / "a", ["一？", "二？"], "甲"),
+        outputs_in(tmp_path / "b", ["二？", "一？"], "甲"),
+    )
+    flags = ["--results", tmp_path / "r", "--outputs"]
+    done, bodies = play_judge(lambda body, before: says("这个回答值 4 分"), *flags, f"{first},{second}")
+    assert says_one_line(done, "--outputs", str(second), "in the same order") and not bodies
+    done, bodies = play_judge(lambda body, before: says("这个回答值 4 分"), *flags, first)
+    assert says_one_line(done, "no answer could be graded", "no three grades 2") and len(bodies) == 2 * 4
+    rows = [json.loads(line) for line in (tmp_path / "r" / "judge.jsonl").read_text().splitlines()]
+    assert [row["grades"] for row in rows] == [{str(first): None}] * 2

@@ -16,10 +16,10 @@ import datasets
 import pytest
 from conftest import ROOT, SHARED_CORPUS, Engine, clean_environment, demo_engine, run, says_one_line, start
 
+from augcon.data import OUTCOMES
 from augcon.method.diversity import DiverseQueries
 from augcon.method.pairs import NEGATIVES
-from augcon.method.tree import OUTCOMES
-from augcon.text.units import clean, length
+from augcon.text.units import clean, language, length
 
 MADE = ("contexts.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
 
@@ -32,6 +32,10 @@ def outcome_of(results: Path) -> dict[str, Any]:
     """All that step 1 has made, for comparing runs."""
     made = {name: (results / name).read_text(encoding="utf-8") for name in MADE}
     return {**made, "pairs": datasets.load_from_disk(results / "scorer_pairs").to_list()}
+
+
+def finished(results: Path) -> dict[str, Any]:
+    return json.loads((results / "run.json").read_text())["step 1"]["finished"]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +81,8 @@ def test_queries_and_nodes_agree_and_every_fate_adds_up(bundled: tuple[Path, str
     assert set(fates) <= set(OUTCOMES)
     assert f"{len(nodes):,} nodes" in output and all(f"{fate} {n:,}" in output for fate, n in fates.items())
     assert all(node["depth"] == len(node["path"]) for node in nodes)
+    assert all(node["id"] == f"{node['root']}:{node['pass']}:{node['path']}" for node in nodes)
+    assert len({node["id"] for node in nodes}) == len(nodes)
 
 
 def test_every_root_has_its_quota_of_diverse_queries_or_is_listed(bundled: tuple[Path, str]):
@@ -96,11 +102,13 @@ def test_scorer_pairs_are_balanced_and_worse_than_the_tree_s_own(bundled: tuple[
     assert all(pair["pos_query"] != pair["neg_query"] for pair in pairs)
     queries = json.loads((results / "queries.json").read_text(encoding="utf-8"))
     assert all([pair["context"], pair["pos_query"]] in queries[str(pair["root"])] for pair in pairs)
+    nodes = {node["id"]: (node["context"], node["query"]) for node in lines(results / "nodes.jsonl")}
+    assert all(nodes[pair["id"]] == (pair["context"], pair["pos_query"]) for pair in pairs)
 
 
 def test_the_results_say_which_model_made_them_and_with_which_settings_but_no_key(bundled: tuple[Path, str]):
     results, output = bundled
-    record = json.loads((results / "settings.json").read_text())
+    record = json.loads((results / "run.json").read_text())["step 1"]["made_with"]
     assert record["model served"] == "augcon-demo-not-an-llm" and "augcon-demo-not-an-llm" in output
     assert (record["max_length"], record["query_temperature"], record["min_length"]) == (500, 0.85, 20)
     assert not {"api_key", "api_base", "max_in_flight"} & set(record)
@@ -129,8 +137,27 @@ def test_a_folder_made_with_other_settings_is_refused_and_left_alone(
     results, _ = bundled
     before = outcome_of(results)
     refused = run("step1_gen_q.py", "--api-base", engine.api, "--results", results, *flags)
-    assert says_one_line(refused, "made with other settings", difference, "--results")
+    assert says_one_line(refused, "made with other settings", difference, "--redo to replace queries.json")
     assert outcome_of(results) == before
+
+
+def test_redo_agrees_to_replace_what_was_made_with_other_settings(engine: Engine, corpus: Path, tmp_path: Path):
+    flags = ["--api-base", engine.api, "--corpus", corpus, "--results", tmp_path / "r", "--negatives"]
+    assert run("step1_gen_q.py", *flags, 5).returncode == 0
+    (tmp_path / "r" / "refills.json").write_text("[[0]]")  # of the trees that go
+    done = run("step1_gen_q.py", *flags, 5, "--max-length", 200, "--redo")
+    assert done.returncode == 0, done.stderr
+    assert max(context["length"] for context in lines(tmp_path / "r" / "contexts.jsonl")) <= 200
+    assert not (tmp_path / "r" / "refills.json").exists()
+    before = outcome_of(tmp_path / "r")
+    again = run("step1_gen_q.py", *flags, 5, "--max-length", 200, "--redo")  # there is nothing to agree to any more
+    assert again.returncode == 0 and outcome_of(tmp_path / "r") == before
+
+
+def test_results_of_an_earlier_version_are_refused_in_one_line(engine: Engine, corpus: Path, tmp_path: Path):
+    (tmp_path / "settings.json").write_text("{}")
+    refused = run("step1_gen_q.py", "--api-base", engine.api, "--corpus", corpus, "--results", tmp_path)
+    assert says_one_line(refused, "earlier version", "--results", "replies.sqlite")
 
 
 def test_a_setting_that_changes_no_outcome_may_change(engine: Engine, bundled: tuple[Path, str]):
@@ -204,7 +231,7 @@ def test_a_server_that_stays_away_ends_the_run_in_one_line_with_all_replies_kept
     server.process.kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert "answered nothing for" in errors and "run the same command again" in errors
+    assert "has not answered for" in errors and "run the same command again" in errors
     server = demo_engine(server.port)
     try:
         again = run("step1_gen_q.py", "--api-base", server.api, *flags)
@@ -238,7 +265,7 @@ def test_two_runs_do_not_share_a_folder(corpus: Path, tmp_path: Path):
         first.communicate()
     finally:
         server.stop()
-    assert says_one_line(second, "another run is at work", "--results")
+    assert says_one_line(second, "another run is using", "--results")
 
 
 UGLY = [
@@ -269,7 +296,7 @@ def test_an_ugly_corpus_is_counted_skipped_and_cut_never_fatal(engine: Engine, t
     assert "5 articles, 7 skipped" in done.stdout
     queries = json.loads((tmp_path / "r" / "queries.json").read_text(encoding="utf-8"))
     roots = {context["article"]: context["root"] for context in lines(tmp_path / "r" / "contexts.jsonl")}
-    assert queries[str(roots[5])][0][1].isascii(), "an English context is asked an English question"
+    assert language(queries[str(roots[5])][0][1]) == "en", "an English context is asked an English question"
     assert queries[str(roots[7])] == []
     assert lines(tmp_path / "r" / "short_roots.jsonl")[0] == {"root": roots[7], "quota": 1, "reason": "too short"}
 
@@ -283,7 +310,7 @@ def test_an_ugly_corpus_is_counted_skipped_and_cut_never_fatal(engine: Engine, t
         (["--max_length", "20"], ["--max_length", "do you mean --max-length?"]),
         (["--max-length", "many"], ["--max-length", "'many'"]),
         (["--api-model", "gpt-none"], ["'gpt-none'", "'augcon-demo-not-an-llm'"]),
-        (["--results", "README.md"], ["README.md", "cannot be written"]),
+        (["--results", "README.md"], ["README.md", "cannot write"]),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path, flags: list[str], parts: list[str]):
@@ -351,12 +378,12 @@ def test_roots_that_step_2_left_short_get_further_trees_and_nothing_else_changes
     flags = ["--corpus", corpus, "--results", tmp_path / "r", "--negatives", 5, "--api-base", engine.api]
     assert run("step1_gen_q.py", *flags).returncode == 0
     before, nodes = outcome_of(tmp_path / "r"), lines(tmp_path / "r" / "nodes.jsonl")
-    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 0, "pairs": 15}}
+    assert finished(tmp_path / "r") == {"refills": 0}
 
     (tmp_path / "r" / "refills.json").write_text("[[0, 2], [2]]")
     again = run("step1_gen_q.py", *flags)
-    assert again.returncode == 0 and "3 of the passes to refill roots" in again.stdout
-    assert json.loads((tmp_path / "r" / "finished.json").read_text()) == {"step 1": {"refills": 2, "pairs": 15}}
+    assert again.returncode == 0 and "3 of the passes for roots that step 2 left short" in again.stdout
+    assert finished(tmp_path / "r") == {"refills": 2}
     assert outcome_of(tmp_path / "r")["pairs"] == before["pairs"]
     after = lines(tmp_path / "r" / "nodes.jsonl")
     assert [node for node in after if node in nodes] == nodes

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,15 @@ def filtered(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ["--corpus", folder / "two.jsonl", "--negatives", 0, "--results", results]
     assert run("step1_gen_q.py", "--api-base", engine.api, *flags).returncode == 0
     kept, scores = {}, []
+    ids = defaultdict(list)
+    for node in lines(results / "nodes.jsonl"):
+        ids[node["root"], node["context"], node["query"]].append(node["id"])
     for root, queries in json.loads((results / "queries.json").read_text()).items():
         diverse = DiverseQueries(0.7)
         kept[root] = [pair for pair in queries if len(diverse.kept) < 15 and diverse.offer(pair[1])]
         scores += [
-            {"root": int(root), "index": n, "question": query, "score": n / 8, "fate": "kept"}
-            for n, (_, query) in enumerate(queries)
+            {"id": ids[int(root), context, query].pop(0), "root": int(root), "score": n / 8, "fate": "kept"}
+            for n, (context, query) in enumerate(queries)
         ]
     (results / "filtered_queries.json").write_text(json.dumps(kept))
     (results / "scores.jsonl").write_text("".join(json.dumps(score) + "\n" for score in scores))
@@ -85,7 +89,7 @@ def test_every_question_is_answered_in_order_and_no_answer_speaks_of_the_context
     assert data.column_names == ["question", "answer"]
     assert [question for question in questions if question not in dropped] == data["question"][:]
     assert len(dropped) <= 0.02 * len(questions)
-    assert f"{len(data):,} of {len(questions):,} questions" in output
+    assert f"{len(data):,} of {len(questions):,} queries" in output
     assert all(answer.strip() for answer in data["answer"])
     assert not any(re.search("上下文|文本中|文中提到|根据文|本文", answer) for answer in data["answer"])
 
@@ -95,12 +99,14 @@ def test_each_pair_has_a_line_that_says_where_it_came_from(made: tuple[Path, str
     data, origins = datasets.load_from_disk(results / "sft_data"), lines(results / "sft_origins.jsonl")
     assert [origin["question"] for origin in origins] == data["question"][:]
     articles = {context["root"]: context["article"] for context in lines(results / "contexts.jsonl")}
-    nodes = {(n["root"], n["pass"], n["path"]): n["query"] for n in lines(results / "nodes.jsonl")}
-    scores = [(score["root"], score["question"], score["score"]) for score in lines(results / "scores.jsonl")]
+    nodes = {node["id"]: node for node in lines(results / "nodes.jsonl")}
+    scores = {row["id"]: row["score"] for row in lines(results / "scores.jsonl")}
+    assert len({origin["id"] for origin in origins}) == len(origins)
     for origin in origins:
-        assert nodes[origin["root"], origin["pass"], origin["path"]] == origin["question"]
-        assert origin["article"] == articles[origin["root"]] and origin["depth"] == len(origin["path"])
-        assert (origin["root"], origin["question"], origin["score"]) in scores
+        node = nodes[origin["id"]]
+        assert node["query"] == origin["question"]
+        assert all(node[name] == origin[name] for name in ("root", "pass", "path", "depth"))
+        assert origin["article"] == articles[origin["root"]] and origin["score"] == scores[origin["id"]]
         assert (origin["tries"], origin["language"]) == (1, "zh")
 
 
@@ -126,7 +132,7 @@ def test_a_second_run_makes_no_call_and_the_same_files(engine: Engine, made: tup
     assert engine.metric(REQUESTS) == calls and outcome_of(results) == before
 
 
-def test_other_settings_are_refused_but_other_questions_are_answered(
+def test_other_settings_and_examples_are_refused_until_redo_agrees_and_other_queries_are_answered(
     engine: Engine, made: tuple[Path, str], tmp_path: Path
 ):
     shutil.copytree(made[0], results := tmp_path / "r")
@@ -134,14 +140,24 @@ def test_other_settings_are_refused_but_other_questions_are_answered(
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"context": "甲。", "question": "是什么？", "answer": "是甲。"}))
     refused = run(*command, "--qa-examples", other, "--answer-temperature", 0.9)
-    assert says_one_line(refused, "answer_temperature was 0.2 and is now 0.9", "content of the examples has changed")
-    record = json.loads((results / "settings.json").read_text())
-    (results / "settings.json").write_text(json.dumps({**record, "model that answers": "another"}))
-    assert says_one_line(run(*command), "model that answers was 'another'")
-    (results / "settings.json").write_text(json.dumps(record))
+    said = "answer_temperature was 0.2 and is now 0.9", "content of the examples has changed", "--redo", "sft_data"
+    assert says_one_line(refused, *said)
+    record = json.loads((results / "run.json").read_text())
+    served = record["step 3"]["made_with"].pop("model served")
+    (results / "run.json").write_text(
+        json.dumps({"step 3": {**record["step 3"], "made_with": {"model served": "another"}}})
+    )
+    assert says_one_line(run(*command), "model served was 'another'", served)
+    redone = run(*command, "--qa-examples", other, "--redo")
+    assert redone.returncode == 0 and "1 examples written by people" in redone.stdout, redone.stderr
     kept = json.loads((results / "filtered_queries.json").read_text())
-    (results / "filtered_queries.json").write_text(json.dumps({"0": kept["0"][:5]}))
-    assert run(*command).returncode == 0 and len(datasets.load_from_disk(results / "sft_data")) == 5
+    (results / "filtered_queries.json").write_text(
+        json.dumps({"0": [*kept["0"][:5], ["蜂蜡布怕热。", "蜂蜡布怕什么？"]]})
+    )
+    assert run(*command, "--qa-examples", other).returncode == 0
+    origins = lines(results / "sft_origins.jsonl")
+    assert [origin["id"] for origin in origins][5:] == ["0:added:5"] and len(origins) == 6
+    assert origins[5]["path"] is None and origins[0]["path"] is not None
 
 
 def test_killed_and_run_again_it_asks_only_what_was_in_flight(filtered: Path, made: tuple[Path, str], tmp_path: Path):
@@ -185,7 +201,7 @@ def test_a_server_that_dies_is_waited_for_and_one_that_stays_away_ends_the_run_w
     process = killed_under_way("--server-wait", 0.5)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "Traceback" not in errors
-    assert "answered nothing for" in errors and "run the same command again" in errors
+    assert "has not answered for" in errors and "run the same command again" in errors
     server = demo_engine(server.port, latency=0.05)
     process = killed_under_way()
     time.sleep(0.5)
@@ -246,9 +262,8 @@ def test_each_question_meets_its_own_fate(tmp_path: Path):
         "太长的问题？": ("empty", 3, " "),
         "服务器不收的问题？": ("refused with status 400", 0, ""),
     }
-    assert "answers: 2 of 5 questions; asked again 5 times; dropped: " in done.stdout
+    assert "answers: 2 of 5 queries; asked again 5 times; dropped: " in done.stdout
     assert "speaks of the text 1" in done.stdout and "search:  zh: 2 sets of 3 of 10 examples, 14" in done.stdout
-    assert json.loads((results / "finished.json").read_text())["step 3"]["refills"] == 0
 
 
 def test_when_no_grade_can_be_read_the_first_set_is_used_and_that_is_said(tmp_path: Path):
@@ -262,7 +277,7 @@ def test_when_no_grade_can_be_read_the_first_set_is_used_and_that_is_said(tmp_pa
     table = json.loads((results / "example_search.json").read_text())
     for of in ("zh", "en"):
         assert table[of]["chosen"] == table[of]["sets"][0]["examples"] and table[of]["sets"][0]["mean"] is None
-        assert f"search:  {of}: 2 sets of 3 of 10 examples, 0 answers graded; none has half" in done.stdout
+        assert f"search:  {of}: 2 sets of 3 of 10 examples, 0 answers graded; no set has half" in done.stdout
     assert done.stdout.count("ungraded: no grade 14") == 2
     for of, file, (_, question) in (
         ("zh", "qa_examples.jsonl", QUESTIONS[0]),
@@ -278,9 +293,7 @@ def test_a_model_that_only_refuses_ends_in_one_line_that_says_so(tmp_path: Path)
     done, _ = play(lambda body, before: says("抱歉，我无法回答这个问题。"), results, "--candidates", 2)
     assert says_one_line(done, "none of the 3 answers", "refusal 3", "dropped_queries.jsonl")
     assert len(lines(results / "dropped_queries.jsonl")) == 3 and not (results / "sft_data").exists()
-    assert "step 3" not in json.loads(
-        (results / "finished.json").read_text() if (results / "finished.json").exists() else "{}"
-    )
+    assert json.loads((results / "run.json").read_text())["step 3"]["finished"] is None
 
 
 def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path):
@@ -289,7 +302,7 @@ def test_what_a_user_can_mend_is_one_line(engine: Engine, tmp_path: Path):
     results = by_hand(tmp_path / "r")
     assert says_one_line(run(*command, results, "--qa-examples", "no.jsonl"), "--qa-examples", "no.jsonl")
     (results / "filtered_queries.json").write_text('{"0": []}')
-    assert says_one_line(run(*command, results), "has no question")
+    assert says_one_line(run(*command, results), "has no query")
 
 
 def test_the_bundled_examples_are_found_from_any_folder(engine: Engine, tmp_path: Path):

@@ -7,7 +7,6 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
@@ -17,7 +16,8 @@ from augcon.run.record import Record
 STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
 
 
-class Asked(TypedDict):
+@dataclasses.dataclass(frozen=True, slots=True)
+class _NodeRow:
     """What is read of a line of ``nodes.jsonl``."""
 
     id: str
@@ -100,8 +100,8 @@ class Results:
         made_by = STEP_1 if path == self.queries else STEP_2
         listed = read_json(path, dict[int, list[tuple[str, str]]], made_by)
         ids: defaultdict[tuple[int, str, str | None], list[str]] = defaultdict(list)
-        for node in read_lines(self.nodes, Asked, STEP_1) if self.nodes.exists() else ():
-            ids[int(node["id"].partition(":")[0]), node["context"], node["query"]].append(node["id"])
+        for node in read_lines(self.nodes, _NodeRow, STEP_1) if self.nodes.exists() else ():
+            ids[int(node.id.partition(":")[0]), node.context, node.query].append(node.id)
         queries: dict[int, list[Query]] = {}
         for root, pairs in listed.items():
             queries[root] = []
