@@ -9,10 +9,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from augcon.errors import UserError, one_line
-
-# The special tokens of each family, with which of them begins a text, ends a turn and pads, and its chat template
-# in short. Llama and the first Mistrals have no token to pad with.
+# Llama and the first Mistrals have no token to pad with. The templates are the families' own in short.
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -26,23 +23,17 @@ _HEADERS = (
     "{{ message.content }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-_LLAMA_3 = [
-    "<|begin_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-]
-_OLDER = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": _INST}
-FAMILIES: dict[str, tuple[str, list[str], dict[str, str]]] = {
-    "qwen2": (
-        "Qwen2",
-        ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML},
-    ),
-    "llama2": ("Llama", ["<unk>", "<s>", "</s>"], _OLDER),
-    "llama3": ("Llama", _LLAMA_3, {"bos_token": _LLAMA_3[0], "eos_token": _LLAMA_3[-1], "chat_template": _HEADERS}),
-    "mistral": ("Mistral", ["<unk>", "<s>", "</s>"], _OLDER),
+_OLDER = ("<unk> <s> </s>", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": _INST})
+_QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML}
+_LLAMA_3 = (
+    "<|begin_of_text|> <|reserved_special_token_0|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
+    {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": _HEADERS},
+)
+FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {  # architecture, special tokens, what they are for
+    "qwen2": ("Qwen2", "<|endoftext|> <|im_start|> <|im_end|>", _QWEN),
+    "llama2": ("Llama", *_OLDER),
+    "llama3": ("Llama", *_LLAMA_3),
+    "mistral": ("Mistral", *_OLDER),
 }
 
 
@@ -62,29 +53,19 @@ def make_tiny_model(
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special.split(), initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     if first := roles.get("bos_token"):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{first} $A", special_tokens=[(first, tokenizer.token_to_id(first))]
-        )
+        marks = [(first, tokenizer.token_to_id(first))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=marks)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
     transformers.set_seed(seed)
-    config = getattr(transformers, f"{architecture}Config")(
-        vocab_size=len(wrapped),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-        bos_token_id=wrapped.bos_token_id,
-        eos_token_id=wrapped.eos_token_id,
-        pad_token_id=wrapped.pad_token_id,
-        dtype="bfloat16",
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "max_position_embeddings": 8192}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(wrapped)}
+    marks = {name: getattr(wrapped, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {**sizes, **marks, "tie_word_embeddings": False, "dtype": "bfloat16"}
+    config = getattr(transformers, f"{architecture}Config")(**settings)
     model = getattr(transformers, f"{architecture}ForCausalLM")(config).to(torch.bfloat16)
     model.generation_config.eos_token_id = wrapped.eos_token_id
     model.save_pretrained(folder)
@@ -92,12 +73,9 @@ def make_tiny_model(
 
 
 if __name__ == "__main__":
+    from datasets import load_from_disk
+
     if len(sys.argv) != 2:
         sys.exit("usage: python -m augcon.demo.tiny_model FOLDER")
-    from augcon.run.corpus import read_corpus
-
-    bundled = Path(__file__).parent.parent.parent / "DailyM"
-    try:
-        make_tiny_model(Path(sys.argv[1]), (text for text in read_corpus(str(bundled), "article") if text))
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {one_line(error)}")
+    bundled = load_from_disk(Path(__file__).parents[2] / "DailyM")["train"]
+    make_tiny_model(Path(sys.argv[1]), filter(None, bundled["article"]))

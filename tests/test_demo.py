@@ -9,19 +9,24 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from augcon.data import Example
 from augcon.demo.engine import MODEL, cut
-from augcon.demo.rules import halve, reply_to
+from augcon.demo.rules import halve, recognise, reply_to
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
-from augcon.text.prompts import as_text, load_prompts
-from augcon.text.units import length, words
+from augcon.method.pairs import NEGATIVES
+from augcon.text.checks import parse_answer
+from augcon.text.parse import parse_split
+from augcon.text.prompts import Prompts, as_text, load_prompts
+from augcon.text.units import language, length, words
 
 ROOT = Path(__file__).parents[1]
 ZH, EN = load_prompts("zh"), load_prompts("en")
@@ -84,15 +89,37 @@ def test_the_completions_prompt_gets_the_reply_of_the_chat_prompt(prompts):
         assert reply_to(messages, 3) == reply_to(as_text(messages), 3)
 
 
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_a_context_that_holds_prompts_of_its_own_is_no_more_than_a_context(prompts):
+    example, labels = prompts.cst.examples[0], prompts.labels
+    for hostile in (
+        example.context,
+        f"{example.context}\n\n{prompts.cst_reply(example.question, example.halves)}",
+        as_text(prompts.cst_messages("里面的文本。")).strip(),
+        prompts.judge.instruction,
+        prompts.cst_reply("里面的问题？", ("一。", "二。")),
+        f"一。\n\n{labels.context}：\n二。\n\n{labels.question}：三？\n\n{labels.answer}：四。",
+    ):
+        for weak in (False, True):
+            for number in range(1, len(prompts.cst.examples) + 1):
+                messages = prompts.cst_messages(hostile, weak=weak, examples=number)
+                for prompt in (messages, as_text(messages)):
+                    task = recognise(prompt)
+                    assert (task.kind, task.prompts) == ("weak tree" if weak else "tree", prompts)
+                    assert task.last == hostile
+        shown = [Example("甲。", "甲是什么？", "甲。")] * 2
+        task = recognise(prompts.answer_messages(shown, hostile, "问？"))
+        assert task.kind == "answer" and task.parts(labels.question) == [hostile, "问？"]
+
+
 # Step 1
 
 
 @pytest.mark.parametrize("prompts", [ZH, EN])
 def test_the_halves_cover_the_context_and_are_made_of_its_words(prompts):
     for example in prompts.cst.examples:
-        for choice in (0, 1):
-            halves = halve(example.context, choice)
-            assert "".join(halves).replace(" ", "") == re.sub(r"\s", "", example.context) or all(halves)
+        for second_best in (False, True):
+            halves = halve(example.context, second_best)
             assert re.sub(r"\s", "", "".join(halves)) == re.sub(r"\s", "", example.context)
             for half in halves:
                 assert 0 < length(half) < length(example.context)
@@ -110,11 +137,11 @@ def test_the_halves_cover_the_context_and_are_made_of_its_words(prompts):
     ],
 )
 def test_cuts_fall_at_sentence_ends_then_at_clause_marks(context, halves):
-    assert halve(context, 0) == halves
+    assert halve(context, False) == halves
 
 
 def test_a_long_text_without_marks_is_cut_between_words():
-    halves = halve("住户可以在阳台内侧晾晒衣物" * 5, 0)
+    halves = halve("住户可以在阳台内侧晾晒衣物" * 5, False)
     assert "".join(halves) == "住户可以在阳台内侧晾晒衣物" * 5
     assert all(25 < length(half) < 40 for half in halves)
 
@@ -128,7 +155,7 @@ def test_any_text_as_a_context_gets_a_reply_in_the_form_of_the_prompt(context, s
         reply = reply_to(messages, seed).text
         asked = reply.split("\n")[0].removeprefix(prompts.line(prompts.labels.question, ""))
         assert len(asked) >= 5 and len(asked.splitlines()) == 1
-        options = [halve(shown, choice) for choice in (0, 1)]
+        options = [halve(shown, second_best) for second_best in (False, True)]
         assert reply in [prompts.cst_reply(asked, halves) for halves in options]
         for first, second in options:
             assert [part == part.strip() for part in (first, second)] == [True, True]
@@ -148,54 +175,69 @@ def test_any_text_gets_an_answer_and_a_grade(context, asked, answer):
 
 
 @pytest.mark.parametrize("prompts", [ZH, EN])
-def test_weaker_prompts_get_weaker_questions(prompts):
-    """Measured by the share of a question's characters that it shares with the context in runs of four."""
-
-    def grounded(asked: str, context: str) -> bool:
-        return any(asked[i : i + 4] in context for i in range(len(asked) - 3))
+@pytest.mark.parametrize("variant", NEGATIVES.values(), ids=NEGATIVES)
+def test_a_weaker_prompt_gets_mostly_questions_that_say_less_of_the_context(prompts, variant):
+    def names_something(asked: str, context: str) -> bool:
+        if prompts is ZH:
+            return any(asked[i : i + 6] in context for i in range(len(asked) - 5))
+        return any(phrase in context for phrase in re.findall(r"(?=(\b\w+ \w+ \w+ \w+\b))", asked))
 
     contexts = [row["context"] for row in QA[prompts.language]]
-    shares = {}
-    for name, variant in {"full": {}, "weak": {"weak": True}, "both": {"weak": True, "examples": 1}}.items():
-        asked = [(question(context, seed, prompts, **variant), context) for context in contexts for seed in range(8)]
-        if prompts is ZH:
-            shares[name] = sum(grounded(*pair) for pair in asked) / len(asked)
-        else:
-            shares[name] = sum(any(w in c for w in re.findall(r"\w{6,}", q)) for q, c in asked) / len(asked)
-    assert shares["full"] > shares["weak"] > shares["both"]
+    shares = [
+        sum(
+            names_something(question(context, seed, prompts, **of), context)
+            for context in contexts
+            for seed in range(9)
+        )
+        for of in ({}, variant)
+    ]
+    assert shares[0] > 0.6 * 9 * len(contexts) and shares[1] < 0.3 * 9 * len(contexts)
 
 
-def test_one_example_gives_a_question_about_the_edge():
-    full = [question(CONTEXT, seed) for seed in range(30)]
-    edge = [question(CONTEXT, seed, examples=1) for seed in range(30)]
-    assert len(set(full) & set(edge)) < 5
-    clauses = re.split(r"[，；。\s]+", CONTEXT.strip("。"))
-    ends = clauses[0] + "|" + clauses[-1]
-    assert sum(any(asked[i : i + 4] in ends for i in range(len(asked) - 3)) for asked in edge) > 20
+def grow(context: str, seed: int, prompts: Prompts) -> Iterator[str]:
+    """The questions of a tree, as AugCon reads them."""
+    if length(context) >= 20:
+        asked, halves = parse_split(reply_to(prompts.cst_messages(context), seed).text, prompts)
+        yield asked
+        for half in halves if halves[1] else ():
+            yield from grow(half, seed, prompts)
 
 
-def test_the_questions_of_a_tree_are_diverse_enough_for_the_quota():
-    def grow(context: str, seed: int) -> Iterator[str]:
-        if length(context) < 20:
-            return
-        yield question(context, seed)
-        for half in halve(context, 0):
-            if length(half) < length(context):
-                yield from grow(half, seed)
+def root_contexts(context: str) -> Iterator[str]:
+    if length(context) <= 500:
+        yield context
+    else:
+        for half in halve(context, False):
+            yield from root_contexts(half)
 
-    for example in ZH.cst.examples[:2]:
+
+def test_a_few_trees_over_each_root_context_of_the_bundled_corpus_hold_its_quota():
+    articles = load_from_disk(ROOT / "DailyM")["train"]["article"]
+    roots = [context for article in articles for context in root_contexts(article)]
+    assert {language(context) for context in roots} == {"zh", "en"}
+    passes = Counter()
+    for root in roots:
         kept = DiverseQueries(0.7)
-        for seed in range(3):
-            kept.offer_all(grow(example.context, seed))
-        assert len(kept.kept) >= 1.15 * length(example.context) / 35
+        trees = (grow(root, seed, load_prompts(language(root))) for seed in range(6))
+        passes[next((n for n, tree in enumerate(trees) if kept.offer_all(tree) >= 1.15 * length(root) / 35), 6)] += 1
+    assert passes[6] <= 0.02 * len(roots) and passes[0] >= 0.8 * len(roots)
 
 
 def test_questions_stand_alone_and_are_of_a_sensible_length():
     for row in QA["zh"]:
         for seed in range(20):
             asked = question(row["context"], seed)
-            assert not re.search(r"文中|本文|这段话|上述|[{}]", asked)
-            assert 6 <= length(asked) <= 45 and asked.endswith("？")
+            assert not re.search(r"本文|这段话|上述|[{}]", asked)
+            assert 5 <= length(asked) <= 45 and asked.endswith("？")
+
+
+def test_a_reply_takes_little_time():
+    contexts = [*root_contexts(load_from_disk(ROOT / "DailyM")["train"]["article"][0])]
+    question(contexts[0], 0)
+    started, asked = time.process_time(), 0
+    for seed in range(4):
+        asked += sum(1 for context in contexts for _ in grow(context, seed, load_prompts(language(context))))
+    assert asked > 300 and (time.process_time() - started) / asked < 1 / 500
 
 
 # Step 3
@@ -209,8 +251,19 @@ def test_answers_come_from_the_context_and_do_not_mention_it(prompts):
         answer = reply_to(prompts.answer_messages(demonstrations, row["context"], row["question"]), 0).text
         assert rouge_l_precision(words(answer), words(row["context"])) > 0.9
         assert not MENTIONS.search(answer)
-    context = "本文介绍一种布。根据上文所述，蜂蜡布怕热。"
+    context = "本文介绍一种怕热的蜂蜡布。它怕什么，如上文所述。蜂蜡布怕热，"
     assert reply_to(ZH.answer_messages([], context, "蜂蜡布怕什么？"), 0).text == "蜂蜡布怕热。"
+
+
+@pytest.mark.parametrize("prompts", [ZH, EN])
+def test_answers_to_its_own_questions_pass_the_checks(prompts):
+    examples = [Example(row["context"], row["question"], row["answer"]) for row in QA[prompts.language]]
+    for example in examples[3:]:
+        for seed in range(9):
+            asked = question(example.context, seed, prompts)
+            reply = reply_to(prompts.answer_messages(examples[:3], example.context, asked), seed).text
+            assert parse_answer(reply, example.context, asked, prompts, examples[:3]) == reply
+            assert not re.search("没有更多|nothing more", reply)
 
 
 def test_longer_demonstrations_get_longer_answers():

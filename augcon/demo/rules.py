@@ -1,0 +1,248 @@
+"""The rules of the demonstration engine: a reply to each of AugCon's prompts, in the form that it asks for.
+
+They only look at the surface of a text, in Chinese and in English. A reply depends on prompt and seed alone.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import random
+import re
+from collections import defaultdict
+from typing import NamedTuple
+
+from rapidfuzz.distance import LCSseq
+
+from augcon.data import Message
+from augcon.errors import UserError
+from augcon.text import units as text
+from augcon.text.checks import mentions_text
+from augcon.text.prompts import Prompts, as_text, load_prompts, prompts_file
+from augcon.text.units import Language
+
+_MOST_READ = 20_000  # characters of a text that are read; a corpus has far shorter contexts
+_DIVISIBLE = 40  # length from which a text without any mark is cut between words
+_length = functools.lru_cache(maxsize=64)(text.length)  # of what stands before every context
+_OTHER = {
+    "zh": "这里是 AugCon 的演示引擎：它按规则回复，不是语言模型，只能回应 AugCon 自己的提示词。",
+    "en": "This is AugCon's demonstration engine. It works by rules, is not a language model, knows no other prompt.",
+}
+_NO_ANSWER = {"zh": "这件事没有更多可以说明的情况。", "en": "There is nothing more that can be said about it."}
+
+
+class Reply(NamedTuple):
+    """A whole reply, before stop strings and the limit cut it."""
+
+    text: str
+    prompt_tokens: int
+    identity: str
+
+
+def reply_to(prompt: list[Message] | str, seed: int | None) -> Reply:
+    """The reply to messages, or to the same prompt as one text."""
+    task = recognise(prompt)
+    asked = f"{seed}\n{task.fixed}{task.last}".encode("utf-8", "surrogatepass")
+    identity = hashlib.blake2b(asked, digest_size=12).hexdigest()
+    if task.kind == "other":
+        written = _OTHER[task.prompts.language]
+    elif "tree" in task.kind:
+        written = _tree(task, random.Random(identity))
+    else:
+        written = _answer(task) if task.kind == "answer" else _graded(task)
+    return Reply(written, _length(task.fixed) + text.length(task.last), identity)
+
+
+class Task(NamedTuple):
+    """What a prompt asks for: its kind, its last turn (a context first, without label), and as ``fixed`` all before."""
+
+    kind: str
+    prompts: Prompts
+    fixed: str
+    last: str
+
+    def parts(self, *labels: str) -> list[str]:
+        """The last turn cut at its last lines with these labels: what stands before them, then what they name."""
+        rest, named = self.last, []
+        for label in reversed(labels):
+            rest, _, part = rest.rpartition(f"\n\n{self.prompts.line(label, '')}")
+            named.insert(0, part[:_MOST_READ])
+        return [rest[:_MOST_READ], *named]
+
+
+def recognise(prompt: list[Message] | str) -> Task:
+    """Finds out which of AugCon's prompts this is, by how it begins: a context may hold anything."""
+    turns = [prompt.removesuffix("\n\n")] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
+    whole = "\n\n".join(turns)
+    for prompts in map(_prompts_now, ("zh", "en")):
+        label = prompts.end_of_reply()[0].lstrip()
+        starts = "|".join(map(re.escape, (label, prompts.labels.question)))
+        for kind, messages in {
+            "tree": prompts.cst_messages(""),
+            "weak tree": prompts.cst_messages("", weak=True),
+            "answer": prompts.answer_messages([], "", ""),
+            "grade": prompts.grade_messages("", "", "", ""),
+            "judge": prompts.judge_messages("", ""),
+            "compare": prompts.compare_messages("", "", ""),
+        }.items():
+            instruction = re.split(f"(?<=\n\n)(?:{starts})", messages[0]["content"])[0]
+            if whole.startswith(instruction):
+                known = [instruction, *(as_text(messages[:number]) for number in range(2, len(messages), 2))]
+                if kind == "answer":
+                    last = turns[-1] if len(turns) > 1 else label + whole.rpartition(f"\n\n{label}")[2]
+                    known.append(whole.removesuffix(last))
+                fixed = max(filter(whole.startswith, known), key=len)
+                return Task(kind, prompts, fixed, whole.removeprefix(fixed).removeprefix(label))
+    return Task("other", _prompts_now(text.language(whole[-2000:])), "", whole)
+
+
+_read: dict[str, tuple[int, Prompts]] = {}
+
+
+def _prompts_now(language: Language) -> Prompts:
+    """The prompts as their file stands: users edit it while the engine runs. A broken edit leaves the old ones."""
+    changed = prompts_file(language).stat().st_mtime_ns
+    if _read.get(language, (0,))[0] != changed:
+        with contextlib.suppress(UserError):
+            _read[language] = changed, load_prompts.__wrapped__(language)
+    return _read[language][1]
+
+
+def halve(context: str, second_best: bool) -> tuple[str, str]:
+    """Cuts a text near its middle: at the end of a sentence or line, else of a clause, else between words.
+
+    ``second_best`` takes the next cut if there is one not far off. Both halves are shorter than the text and made
+    of its words; where there is no such cut, the second half is empty.
+    """
+    context = context.strip()
+    total, middle = text.length(context), len(context) // 2
+    ends = [*itertools.accumulate(map(len, text.sentences(context)))]
+    lines, clauses = ([end.end() for end in re.finditer(mark, context)] for mark in (r"\n+", r"[，；、：]|[,;:](?=\s)"))
+    start = max(0, middle - 200)
+    words = text.words(context[start : start + 400]) if total >= _DIVISIBLE else []
+    between = itertools.accumulate(words, lambda at, word: context.index(word, at) + len(word), initial=start)
+    for places in (ends + lines, clauses, between):
+        nearest = sorted(places, key=lambda end: abs(end - middle))[:8]
+        halves = ((context[:end].strip(), context[end:].strip()) for end in nearest)
+        fit = (cut for cut in halves if all(cut) and sum(map(text.length, cut)) == total)  # else it cuts a unit
+        for first in fit:
+            second = next(fit, first) if second_best else first
+            return second if max(map(len, second)) < 1.5 * middle else first
+    return context, ""
+
+
+# In templates, {t} and {u} are terms, {s} a statement, {c} a clause, {n} a clause that asks for a number; {b}, any
+# clause, stands in for {c}. The first are for good questions; the second for weaker ones, and where nothing else fits.
+_TEMPLATES = {
+    "zh": (
+        "为什么{s}？|{s}，原因是什么？|{s}，具体是怎么一回事？|说起{t}，为什么{s}？|{n}？|{n}？|“{c}”说的是怎么一回事？"
+        "|“{c}”，背后有什么原因？|怎样理解“{c}”这句话？|“{c}”与{t}有什么关系？|{t}和{u}之间有什么联系？|关于{t}，要了解什么？",
+        "{t}怎么样？|{t}重要吗？|什么是{t}？|它和{t}有关吗？|主要讲了什么？|有什么要注意的？|为什么会这样？|文中提到了什么？",
+    ),
+    "en": (
+        "Why is it that {s}?|What explains the fact that {s}?|What lies behind “{c}”?|What is meant by “{c}”?"
+        "|How does “{c}” relate to {t}?|How are {t} and {u} connected?|What is known about {t}?",
+        "What about {t}?|Is {t} important?|What is {t}?|What is this about?|What happens next?|Why is that so?",
+    ),
+}
+
+
+def _tree(task: Task, random_: random.Random) -> str:
+    """A question and the halves; mostly a weaker question for the weak instruction, and for fewer examples."""
+    language, context = task.prompts.language, text.clean(task.last[:_MOST_READ])
+    pieces = defaultdict(list)
+    for sentence in text.sentences(context):
+        for slot, piece in (_chinese if language == "zh" else _english)(sentence[:1000]):
+            pieces[slot].append(piece)
+    pieces["u"], pieces["c"] = pieces["t"], pieces["c"] or pieces["b"]
+    best, weaker = (random_.choices(templates.split("|"), k=20) for templates in _TEMPLATES[language])
+    good = random_.random() < (0.97 if task.fixed == as_text(task.prompts.cst_messages("")[:-1]) else 0.12)
+    question = _TEMPLATES[language][1].rpartition("|")[2]
+    for template in [*best, *weaker] if good else weaker:
+        values = [random_.choice(pieces[slot] or [""]) for slot in re.findall(r"\{(\w)\}", template)]
+        if all(values) and not any(one in other for one, other in itertools.permutations(values, 2)):
+            question = re.sub(r"\{\w\}", "{}", template).format(*values)
+            break
+    return task.prompts.cst_reply(question, halve(task.last, second_best=random_.random() < 0.3))
+
+
+_ZH_CLAUSE = re.compile(r"(?:[^\W_]|[.%](?=\d)|(?<=\d)[,%])+")
+_ZH_DIGITS = "一二三四五六七八九十百千万两"
+_ZH_NUMBER = re.compile(rf"(?<=[^\W\d第的{_ZH_DIGITS}])(?:\d[\d,.]*|[{_ZH_DIGITS}]{{2,}})(?=[^\W\d]{{1,3}}$)")
+_ZH_UNFIT = re.compile(  # what depends on words before it, asks, or is unfinished
+    "[他她它我你您这那此该其某者吗呢哪谁则才也就又还便却]|什么|怎|[本上下]文|文[中本]|上述|如[下何]|^[第一二两]|[的时后前说问道是和与对在]$"
+)
+
+
+@functools.lru_cache(maxsize=2**15)  # a tree repeats its sentences level by level
+def _chinese(sentence: str) -> list[tuple[str, str]]:
+    """What a sentence has for the slots of templates."""
+    from jieba import posseg  # takes a second
+
+    pieces = []
+    for clause in _ZH_CLAUSE.findall(sentence):
+        words = posseg.lcut(clause)
+        pieces += [("t", word.word) for word in words if word.flag[0] == "n" and len(word.word) > 2]
+        if 7 <= len(clause) <= 24 and text.language(clause) == "zh":
+            states = re.match("n+[dp]*[va]", "".join(word.flag[0] for word in words))
+            asked = _ZH_NUMBER.sub("多少", clause)
+            slot = "b" if _ZH_UNFIT.search(clause) else "n" if asked != clause else "s" if states else "c"
+            pieces.append((slot, asked if slot == "n" else clause))
+    return pieces
+
+
+_EN_TERM = re.compile(
+    r"\bthe (?:[\w-]+ ){1,2}[\w-]{4,}(?= (?:of|in|and|is|are|was|were|has)\b|[,.;])|(?<=[a-z,] )[A-Z]\w+(?: [A-Z]\w+)+"
+)
+_EN_CLAUSE = re.compile(r"[^\W_](?:[\w'’ -]|[,.](?=\d))+[^\W_]")
+_EN_STATEMENT = re.compile(r"(?:The|An?|In|On|At|When|If|Since) [\w'’ ,%-]{20,120}(?=[.;]\s*$)")
+_EN_UNFIT = re.compile(r"\b(?:s?he|it|they|we|I|you|this|that|these|those|h[ie][sr]|its|their|our|my|your)\b", re.I)
+
+
+@functools.lru_cache(maxsize=2**15)
+def _english(sentence: str) -> list[tuple[str, str]]:
+    """The same for English."""
+    pieces = [("t", term) for term in _EN_TERM.findall(sentence)]
+    clauses = [clause for clause in _EN_CLAUSE.findall(sentence) if 4 <= clause.count(" ") <= 14]
+    pieces += [("b" if _EN_UNFIT.search(clause) else "c", clause) for clause in clauses]
+    whole = _EN_STATEMENT.match(sentence)
+    return pieces if not whole or _EN_UNFIT.search(whole[0]) else [*pieces, ("s", whole[0][0].lower() + whole[0][1:])]
+
+
+def _answer(task: Task) -> str:
+    """The sentences that bear on the question, about as long together as the answers shown."""
+    context, question = task.parts(task.prompts.labels.question)
+    language, asked = text.language(question), _content(question)
+    turns = task.fixed.split(f"\n\n{task.prompts.line(task.prompts.labels.question, '')}")[1:]
+    shown = [turn.partition("\n\n")[2].partition(task.prompts.end_of_reply()[0])[0] for turn in turns]
+    wanted = max(30, sum(map(_length, shown)) / max(1, len(shown)))
+    said = [sentence.strip() for sentence in text.sentences(context) if text.language(sentence) == language]
+    chosen: list[str] = []
+    for sentence in sorted(said, key=lambda sentence: -len(asked & _content(sentence))):
+        too_much = text.length("".join(chosen)) + text.length(sentence) / 2 > wanted
+        if chosen and (too_much or not asked & _content(sentence)):
+            break
+        if sentence and not mentions_text(sentence, context, question):
+            chosen.append(sentence)
+    answer = ("" if language == "zh" else " ").join(sorted(chosen, key=said.index)) or _NO_ANSWER[language]
+    return answer if answer[-1] not in "，；：、,;:" else answer[:-1] + ("。" if language == "zh" else ".")
+
+
+def _content(part: str) -> set[str]:
+    """The words that carry meaning: the longer ones, and numbers."""
+    return {word for word in text.words(part.lower()) if word.isdigit() or len(word) > (3 if word.isascii() else 1)}
+
+
+def _graded(task: Task) -> str:
+    """A grade by the words that answer and reference share in order (ROUGE-L F1), or the judge's grades or verdict."""
+    labels, judge, line = task.prompts.labels, task.prompts.judge, task.prompts.line
+    if task.kind == "grade":
+        reference, answer = map(text.words, task.parts(labels.reference, labels.answer)[1:])
+        overlap = 2 * LCSseq.similarity(reference, answer) / max(1, len(reference) + len(answer))
+        return line(labels.grade, str(1 + round(9 * overlap)))
+    question, *answers = task.parts(*([labels.answer] if task.kind == "judge" else judge.answers))
+    asked = _content(question)
+    grades = [1 + round(4 * len(asked & _content(answer)) / max(1, len(asked))) for answer in answers]
+    if task.kind == "judge":
+        return "\n".join(line(score, str(grades[0])) for score in judge.scores)
+    return line(judge.verdict, judge.verdicts[2 if grades[0] == grades[1] else grades[0] < grades[1]])
