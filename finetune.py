@@ -1,162 +1,211 @@
-"""Fine-tunes the model on the pairs of results/sft_data: QLoRA under DeepSpeed ZeRO-2 (paper 4.1).
+"""Fine-tunes the model on questions and answers: QLoRA under DeepSpeed ZeRO-2 (paper 4.1).
 
-Reads results/sft_data. Writes into results/: ckpts (a checkpoint an epoch), LoRA (the adapter, and how it was
-trained, for merge.py), log.json (the losses) and loss.png. Run it again and it goes on at the last checkpoint.
+Reads results/sft_data, or with --data any saved dataset or .jsonl, .json, .csv or .parquet file with the fields
+question and answer. Writes into results/, or the folder --output: ckpts (a checkpoint for each epoch), LoRA (the
+adapter), log.json (the losses), loss.png, and in run.json how it was trained. Run it again and it continues from the
+last checkpoint. Another base, other settings or other pairs need another --output, or --redo to replace what is there.
 
     deepspeed --num_gpus 8 finetune.py
+    deepspeed --num_gpus 8 finetune.py --data my_pairs.jsonl --output results/second
 """
 
 import contextlib
 import dataclasses
-import hashlib
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
-import datasets
-
+from augcon.data import Pair
 from augcon.errors import UserError, one_line, stage
+from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.run.record import Record
 from augcon.run.results import Results
 from augcon.train import base as training
-from augcon.train import sft as tuning
-from augcon.train.adapters import TrainedWith, companions_digest, fingerprint, model_folder
-from augcon.train.chat import Encoder, Example, hold_out, load_encoder
-from augcon.train.ranks import on_main, one_voice, processes, tell
-from config import Settings, load_settings
+from augcon.train import sft
+from augcon.train.adapters import TrainedWith
+from augcon.train.chat import ChatEncoder, TrainingExample, load_encoder
+from augcon.train.loop import TrainingRules
+from augcon.train.pairs import read_pairs
+from augcon.train.ranks import on_main, print_main, report_once
+from config import Settings, load_settings, pick
+
+STAGE = "finetune"
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What is read of a line of sft_origins.jsonl: the text that a question is about."""
+
+    question: str
+    article: int | None = None
+    root: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What there is to train, and on what: the pairs, which of them are held out, the base and what it is called."""
+    """The pairs, the places of those held out, the base, and the inputs as they are recorded."""
 
-    pairs: list[tuple[str, str]]
+    pairs: list[Pair]
     held_out: list[int]
+    held_out_words: str
     base: Path
     trained_with: TrainedWith
-    made_of: dict[str, Any]
-    finished: bool
+    made_with: dict[str, Any]
 
 
 @stage
-@one_voice
+@report_once
 def main() -> None:
-    settings = load_settings(__doc__)
-    results = Results(settings.results)
-    tell(settings.describe())
+    settings = load_settings(__doc__, "fine-tuning")
+    output = Results(settings.output or settings.results)
+    print_main(settings.describe())
     training.start_processes()
-    with contextlib.ExitStack() as held:
-
-        def read() -> Inputs:
-            held.enter_context(results.held())
-            return read_inputs(settings, results)
-
-        inputs = on_main(read)
-        if inputs.finished:
-            tell(f"done:    {results.lora} is made of these pairs already; merge.py comes next")
-            return
-        tokenizer = training.load_tokenizer(str(inputs.base))
-        encoder, warning = load_encoder(tokenizer, inputs.base, settings.max_tokens)
-        tell(f"note:    {warning}") if warning else None
-        examples, held_out = encode(encoder, inputs)
-        model = tuning.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
-        rules = tuning.TuningRules(settings.epochs, settings.batch, settings.learning_rate, settings.seed)
-        tuned = tuning.tune(model, tokenizer, examples, held_out, rules, results.checkpoints, inputs.made_of)
-        on_main(lambda: save(results, inputs, model, tuned))
+    with contextlib.ExitStack() as stack:
+        on_main(lambda: stack.enter_context(output.held()))
+        inputs = on_main(lambda: read_inputs(settings))
+        if on_main(lambda: is_done(settings, output, inputs)):
+            print_main(f"done:    {output.lora} was trained on these pairs with these settings already")
+        else:
+            train(settings, output, inputs)
+        print_main(f"next:    {merge_command(settings, output)}")
 
 
-def read_inputs(settings: Settings, results: Results) -> Inputs:
-    """The pairs and the base, on record. Raises UserError where something is missing or has changed."""
-    pairs = read_sft_data(results)
-    digest = hashlib.sha256(repr(pairs).encode()).hexdigest()[:16]
-    base = model_folder(settings.model)
+def read_inputs(settings: Settings) -> Inputs:
+    """The pairs and the base. Raises UserError where something is missing or unfinished."""
+    results = Results(settings.results)
+    pairs = read_data(settings, results)
+    base = training.model_folder(settings.model)
     trained_with = TrainedWith(
         base=str(base.resolve()) if base == Path(settings.model) else settings.model,
-        fingerprint=fingerprint(base),
+        weights=training.weights_digest(base),
         quantize="nf4" if training.quantization(settings.quantize) else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
-    origins = list(results.read_lines(results.sft_origins, "step3_gen_a.py")) if results.sft_origins.exists() else []
-    if [row.get("question") for row in origins] != [question for question, _ in pairs]:
-        origins = []  # of other pairs
-    held_out, how = hold_out(len(pairs), settings.held_out, origins, settings.seed)
-    made_of = {name: value for name, (step, value) in settings.made_with().items() if step == 4} | {
-        "quantize": trained_with.quantize,
-        "seed of the fine-tuning": settings.seed,
-        "content of sft_data": digest,
-        "content of the base model": trained_with.fingerprint,
-        "content of the base model's tokenizer and settings": companions_digest(base),
-        "content of the held-out pairs": hashlib.sha256(repr(held_out).encode()).hexdigest()[:16],
+    units = origins_of(pairs, results)
+    held_out, words = sft.hold_out(len(pairs), settings.held_out, units, settings.seed)
+    made_with = {
+        **settings.inputs(STAGE),
+        "seed": settings.seed,
+        **trained_with.inputs(),
+        "content of the base model's tokenizer and settings": training.companions_digest(base),
+        "content of the pairs": digest([[pair.question, pair.answer] for pair in pairs]),
+        "content of the held-out pairs": digest(held_out),
     }
-    finished = results.lora.exists() and results.finished().get("step 4") == made_of
-    if not finished:
-        of_this_run = {**made_of, "processes of the fine-tuning": processes()}
-        results.settle(4, {name: (4, value) for name, value in of_this_run.items()}, since=4)
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
-    print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({how}); {settings.model} {form}")
-    return Inputs(pairs, held_out, base, trained_with, made_of, finished)
+    print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({words}); {settings.model} {form}")
+    return Inputs(pairs, held_out, words, base, trained_with, made_with)
 
 
-def read_sft_data(results: Results) -> list[tuple[str, str]]:
-    """The questions and answers. Raises UserError when they are not there or not of that shape."""
-    if not results.sft_data.exists():
-        raise UserError(f"there is no {results.sft_data}; run the steps before first (bash augcon.sh)")
-    try:
-        rows = datasets.load_from_disk(results.sft_data)
-        pairs = list(zip(rows["question"], rows["answer"], strict=True))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+def read_data(settings: Settings, results: Results) -> list[Pair]:
+    """The pairs of --data or of the results folder. Raises UserError when they are not there or not complete."""
+    source = Path(settings.data).expanduser() if settings.data else results.sft_data
+    if not source.exists():
         raise UserError(
-            f"{results.sft_data} is no dataset of question and answer that can be read: {one_line(error)}"
-        ) from error
-    for number, pair in enumerate(pairs):
-        if not all(isinstance(text, str) and text.strip() for text in pair):
-            raise UserError(f"row {number} of {results.sft_data} has no question or no answer; remove it")
-    if not pairs:
-        raise UserError(f"{results.sft_data} is empty")
-    return pairs
+            f"there is no {source}; run bash augcon.sh first, or name a folder or file of pairs with --data"
+        )
+    unfinished = "step 3" in results.record.stages() and results.record.finished("step 3") is None
+    if unfinished and source.resolve() == results.sft_data.resolve():
+        raise UserError(f"step 3 in {results.folder} has not finished, so {source} is not up to date; run it first")
+    return read_pairs(source)
 
 
-def encode(encoder: Encoder, inputs: Inputs) -> tuple[list[Example], list[Example]]:
+def origins_of(pairs: list[Pair], results: Results) -> dict[str, list[int | None]]:
+    """The article and root context of every pair, where sft_origins.jsonl of the results folder has all questions."""
+    if not results.sft_origins.exists():
+        return {}
+    origins = {row.question: row for row in read_lines(results.sft_origins, Origin, "step3_gen_a.py")}
+    if any(pair.question not in origins for pair in pairs):
+        return {}
+    mine = [origins[pair.question] for pair in pairs]
+    return {"articles": [row.article for row in mine], "root contexts": [row.root for row in mine]}
+
+
+def is_done(settings: Settings, output: Results, inputs: Inputs) -> bool:
+    """Whether just this training has come to its end; else it is begun.
+
+    Raises UserError where another one would be replaced without consent.
+    """
+    facts = output.record.done_with(STAGE, inputs.made_with)
+    if facts is not None and output.lora.exists():
+        output.record.finish(STAGE, **facts)
+        return True
+    if not output.record.begin(STAGE, inputs.made_with, output.made(STAGE), settings.redo):
+        shutil.rmtree(output.checkpoints, ignore_errors=True)  # of another training
+    return False
+
+
+def train(settings: Settings, output: Results, inputs: Inputs) -> None:
+    """Trains the adapter and saves it."""
+    tokenizer = training.load_tokenizer(str(inputs.base))
+    encoder, warning = load_encoder(tokenizer, inputs.base, settings.max_tokens)
+    if warning:
+        print_main(f"note:    {warning}")
+    examples, held_out = encode(encoder, inputs)
+    model = sft.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
+    tuned = sft.tune(model, tokenizer, examples, held_out, pick(TrainingRules, settings), output.checkpoints)
+    on_main(lambda: save(output, inputs, tuned))
+
+
+def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """The examples to train on and those held out. Raises UserError when there is nothing to train on."""
-    encoded = [encoder(question, answer) for question, answer in inputs.pairs]
+    encoded = [encoder(pair) for pair in inputs.pairs]
     held = set(inputs.held_out)
     examples = [example for place, example in enumerate(encoded) if example and place not in held]
     held_out = [example for place, example in enumerate(encoded) if example and place in held]
+    if not examples:
+        raise UserError(
+            f"no pair is left to train on: {encoder.max_tokens} tokens leave no room for an answer; raise --max-tokens"
+        )
     lengths = [len(example.input_ids) for example in examples + held_out]
     cut, lost = sum(example.cut for example in examples + held_out), encoded.count(None)
-    if not examples:
-        raise UserError(f"no pair is left to train on: {encoder.max_tokens} tokens have no room for an answer")
-    tell(
-        f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} a pair, longest {max(lengths):,}; "
-        f"{cut:,} answers cut at {encoder.max_tokens:,}"
-        + (f"; {lost:,} pairs left out, whose questions alone are as long" if lost else "")
+    left_out = f"; {lost:,} pairs left out, as their questions alone are as long" if lost else ""
+    print_main(
+        f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} per pair, longest {max(lengths):,}; "
+        f"{cut:,} answers cut at {encoder.max_tokens:,}{left_out}"
     )
     return examples, held_out
 
 
-def save(results: Results, inputs: Inputs, model: tuning.PeftModel, tuned: tuning.Tuned) -> None:
-    """Writes the adapter, the log and the picture, and tells the figures."""
-    results.write_json(results.log, tuned.log)
-    unfinished = results.lora.with_name(results.lora.name + ".unfinished")
-    try:
-        inputs.trained_with.save(results.checkpoints)
-        tuning.draw_losses(tuned.log, results.loss_plot)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        inputs.trained_with.save(unfinished)
-        shutil.rmtree(results.lora, ignore_errors=True)
-        unfinished.replace(results.lora)
-    except OSError as error:
-        raise UserError(f"{results.lora} cannot be written: {one_line(error)}") from error
-    results.finish(4, **inputs.made_of)
+def save(output: Results, inputs: Inputs, tuned: sft.Tuned) -> None:
+    """Writes the log, the picture and the adapter, with a copy of the record beside it, and prints the figures."""
     losses = [row["loss"] for row in tuned.log if "loss" in row]
     held_out = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
+    facts = {
+        "pairs": len(inputs.pairs),
+        "held_out": inputs.held_out_words,
+        "loss": losses[-1] if losses else None,
+        "held_out_loss": held_out[-1] if held_out else None,
+    }
+    write_json(output.log, tuned.log)
+    try:
+        sft.draw_losses(tuned.log, output.loss_plot)
+    except OSError as error:
+        raise UserError(f"cannot write {output.loss_plot}: {one_line(error)}") from error
+    with new_folder(output.lora) as folder:
+        tuned.model.save_pretrained(str(folder))
+        copy = Record(folder)
+        copy.begin(STAGE, inputs.made_with, made=[], redo=False)
+        copy.finish(STAGE, **facts)
+    output.record.finish(STAGE, **facts)
     print(f"packing: {tuned.packing}")
-    print(f"trained: {tuned.speed}")
+    print(f"trained: {tuned.speed.words}")
     if losses:
-        print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last", end="")
-        print("; held out, from the start on: " + " ".join(f"{loss:.3f}" for loss in held_out) if held_out else "")
-    kept = len(list(results.checkpoints.glob("checkpoint-*")))
-    print(f"made:    {results.lora}, {results.log}, {results.loss_plot}, {results.checkpoints} ({kept} epochs)")
+        seen = f"; held out, from the start on: {' '.join(f'{loss:.3f}' for loss in held_out)}" if held_out else ""
+        print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")
+    kept = len(list(output.checkpoints.glob("checkpoint-*")))
+    print(f"made:    {output.lora}, {output.log}, {output.loss_plot}, {output.checkpoints} ({kept} epochs)")
+
+
+def merge_command(settings: Settings, output: Results) -> str:
+    """The command that merges the adapter, from the same working directory."""
+    flags: list[object] = []
+    if settings.output:
+        flags = ["--lora", output.lora, "--output", output.sft_model]
+    elif settings.results != Settings.model_fields["results"].default:
+        flags = ["--results", settings.results]
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name("merge.py")), *map(str, flags)])
 
 
 if __name__ == "__main__":

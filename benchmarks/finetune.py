@@ -25,8 +25,9 @@ from trl import SFTConfig, SFTTrainer
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from augcon.train import base as training  # noqa: E402
+from augcon.train import loop  # noqa: E402
 from augcon.train import sft as tuning  # noqa: E402
-from augcon.train.chat import IGNORED, Example  # noqa: E402
+from augcon.train.chat import IGNORED, TrainingExample  # noqa: E402
 
 SHAPES = {  # width, inner width, layers, heads, key and value heads, words
     "qwen1.5-32b": (5120, 27392, 64, 40, 8, 152064),
@@ -68,9 +69,9 @@ def measure(which: str, shape: str, number: int, batch: int) -> tuple[float, str
     examples = random_pairs(number, SHAPES[shape][-1])
     with tempfile.TemporaryDirectory() as folder:
         if which == "augcon":
-            rules = tuning.TuningRules(epochs=1, batch=batch)
-            tuned = tuning.tune(model, tokenizer, examples, [], rules, Path(folder) / "ckpts", {})
-            return tuned.tokens_per_second, training.peak_memory()
+            rules = loop.TrainingRules(epochs=1, batch=batch)
+            tuned = tuning.tune(model, tokenizer, examples, [], rules, Path(folder) / "ckpts")
+            return tuned.speed.tokens_per_second, loop.peak_memory()
         config = SFTConfig(
             folder,
             num_train_epochs=1,
@@ -84,7 +85,7 @@ def measure(which: str, shape: str, number: int, batch: int) -> tuple[float, str
         rows = tuning.as_dataset(examples)
         trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
         seconds = trainer.train().metrics["train_runtime"]
-        return sum(len(example.input_ids) for example in examples) / seconds, training.peak_memory()
+        return sum(len(example.input_ids) for example in examples) / seconds, loop.peak_memory()
 
 
 def random_nf4(shape: str) -> transformers.PreTrainedModel:
@@ -126,14 +127,14 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerBase:
         return training.load_tokenizer(str(Path(folder) / "tiny"))
 
 
-def random_pairs(number: int, words: int) -> list[Example]:
+def random_pairs(number: int, words: int) -> list[TrainingExample]:
     """Pairs of about 250 tokens, a fifth of them the question, some ten times as long as others."""
     chance = random.Random(0)
     examples = []
     for _ in range(number):
         length = min(1000, max(30, round(chance.lognormvariate(5.3, 0.6))))
         ids = [chance.randrange(10, words) for _ in range(length)]
-        examples.append(Example(ids, [IGNORED] * (length // 5) + ids[length // 5 :]))
+        examples.append(TrainingExample(ids, [IGNORED] * (length // 5) + ids[length // 5 :]))
     return examples
 
 

@@ -16,12 +16,12 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from augcon.train import ranks  # noqa: E402, I001
-from augcon.train import scorer  # noqa: E402
-from augcon.train import base as training  # noqa: E402
-from augcon.run.corpus import read_corpus, split_article  # noqa: E402
-from augcon.method.pairs import ScorerPair  # noqa: E402
+from augcon.data import ScorerPair  # noqa: E402, I001
 from augcon.demo.tiny_model import make_tiny_model  # noqa: E402
+from augcon.method.contexts import split_article  # noqa: E402
+from augcon.run.corpus import read_corpus  # noqa: E402
+from augcon.train import base as training  # noqa: E402
+from augcon.train import loop, ranks, scorer  # noqa: E402
 
 import bitsandbytes  # noqa: E402
 import torch  # noqa: E402
@@ -35,7 +35,7 @@ SHAPES = {
 }
 
 
-@ranks.one_voice
+@ranks.report_once
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen1.5-32b" if torch.cuda.is_available() else "tiny")
@@ -47,31 +47,34 @@ def main() -> None:
     articles = [text for text in read_corpus(str(ROOT / "DailyM"), "article") if text]
     contexts = [context for article in articles for context in split_article(article, 500)]
     pairs = [
-        ScorerPair(contexts[n % len(contexts)], f"{n}为什么？", f"{n}什么？", "both", n) for n in range(options.pairs)
+        ScorerPair(contexts[n % len(contexts)], f"{n}为什么？", f"{n}什么？", "both", n, f"{n}:0:")
+        for n in range(options.pairs)
     ]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_tiny_model(folder / "tokens", articles)
-        encoder = scorer.Encoder(training.load_tokenizer(str(folder / "tokens")), 2048)
+        encoder = scorer.ScorerEncoder(training.load_tokenizer(str(folder / "tokens")), 2048)
         model = scorer.make_scorer(random_model(*SHAPES[options.shape]), encoder)
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-        ranks.tell(f"{options.shape}, {ranks.processes()} processes, {where}: {training.peak_memory()} when made")
-        rules = scorer.TrainingRules(epochs=1, batch=options.batch)
+        ranks.print_main(f"{options.shape}, {ranks.world_size()} processes, {where}: {loop.peak_memory()} when made")
+        rules = loop.TrainingRules(epochs=1, batch=options.batch)
         checkpoints = ranks.on_main(lambda: folder / "checkpoints")
-        ranks.tell("training: " + scorer.train(model, encoder, pairs, rules, checkpoints, {}))
+        ranks.print_main("training: " + scorer.train(model, encoder, pairs, rules, checkpoints).words)
         rows = encoder([(pair.context, pair.pos_query) for pair in pairs])
-        work = list(scorer.batches(list(map(len, rows)), scorer.token_budget()))[ranks.rank() :: ranks.processes()]
+        work = list(scorer.batches(list(map(len, rows)), scorer.token_budget()))[ranks.rank() :: ranks.world_size()]
         started = time.monotonic()
         scores = [scorer.score(model, encoder, [rows[place] for place in batch]) for batch in work]
         seconds, tokens = time.monotonic() - started, sum(len(rows[place]) for batch in work for place in batch)
-        ranks.tell(f"scoring:  {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s a process, {training.peak_memory()}")
-        scorer.save(model, folder / "scorer", {})
+        ranks.print_main(
+            f"scoring:  {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s a process, {loop.peak_memory()}"
+        )
+        scorer.save(model, folder / "scorer")
         del model
         again = scorer.make_scorer(random_model(*SHAPES[options.shape]), encoder, folder / "scorer")
         same = scorer.score(again, encoder, [rows[place] for place in work[0]]) == scores[0]
         size = sum(path.stat().st_size for path in (folder / "scorer").iterdir()) / 2**20
-        ranks.tell(f"saved:    {size:,.0f} MiB; reloaded, the scores are {'the same' if same else 'DIFFERENT'}")
-        ranks.wait_for_all()
+        ranks.print_main(f"saved:    {size:,.0f} MiB; reloaded, the scores are {'the same' if same else 'DIFFERENT'}")
+        ranks.barrier()
 
 
 def random_model(hidden: int, intermediate: int, layers: int, heads: int, kv: int, vocabulary: int) -> Any:

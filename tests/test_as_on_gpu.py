@@ -18,16 +18,20 @@ from pathlib import Path
 from augcon.train import base as training
 
 training.can_bf16 = lambda: True
-arguments = training.common_arguments
-training.common_arguments = lambda *a, **b: arguments(*a, **b) | {"gradient_checkpointing": True, "logging_steps": 1}
+from augcon.train import loop
+
+arguments = loop.training_arguments
+loop.training_arguments = lambda *a: arguments(*a) | {"gradient_checkpointing": True, "logging_steps": 1}
 training.start_processes()
+from augcon.data import Pair, ScorerPair
+from augcon.method.pairs import NEGATIVES
 from augcon.train import scorer
 from augcon.train import sft as tuning
 from augcon.train.chat import load_encoder
-from augcon.method.pairs import NEGATIVES, ScorerPair
 
 base, folder, context, question, answer = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 tokenizer = training.load_tokenizer(str(base))
+rules = loop.TrainingRules(2, 4, 3e-3, 1)
 said = {}
 
 def kinds(model):
@@ -36,22 +40,23 @@ def kinds(model):
         if "lora" in n or "score" in n or "proj.base_layer.weight" in n
     })
 
-encoder = scorer.Encoder(tokenizer, 512)
-pairs = [ScorerPair(context * (1 + n % 3), question, "好吗？", next(iter(NEGATIVES)), n) for n in range(16)]
+encoder = scorer.ScorerEncoder(tokenizer, 512)
+kind = next(iter(NEGATIVES))
+pairs = [ScorerPair(context * (1 + n % 3), question, "好吗？", kind, n, f"{n}:0:") for n in range(16)]
 model = scorer.load_scorer(str(base), encoder, 1, quantize="nf4")
 before = scorer.accuracy(model, encoder, pairs)  # a pass without gradients must not spoil those to come
-scorer.train(model, encoder, pairs, scorer.TrainingRules(2, 4, 3e-3, 1), folder / "scorer", {})
+scorer.train(model, encoder, pairs, rules, folder / "scorer")
 said["scorer"] = kinds(model)
 said["accuracy"] = scorer.accuracy(model, encoder, pairs)["all"]
-scorer.save(model, folder / "saved", {})
+scorer.save(model, folder / "saved")
 rows = encoder([(pair.context, pair.pos_query) for pair in pairs[:3]])
 again = scorer.load_scorer(str(base), encoder, 2, folder / "saved", "nf4")
 said["scores"] = [scorer.score(which, encoder, rows) for which in (model, again)]
 
 encode, _ = load_encoder(tokenizer, base, 512)
-examples = [encode(question, answer * (20 if n == 3 else 1 + n % 3)) for n in range(16)]
+examples = [encode(Pair(question, answer * (20 if n == 3 else 1 + n % 3))) for n in range(16)]
 model = tuning.load_model(base, "nf4", "tiny", 1)
-tuned = tuning.tune(model, tokenizer, examples[2:], examples[:2], tuning.TuningRules(2, 4, 3e-3, 1), folder / "c", {})
+tuned = tuning.tune(model, tokenizer, examples[2:], examples[:2], rules, folder / "c")
 said["tuned"] = kinds(model)
 said["held out"] = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
 (folder / "said.json").write_text(json.dumps(said))
@@ -70,7 +75,7 @@ def test_scorer_and_tuning_learn_in_bf16_over_nf4_with_checkpointed_gradients(tm
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["scorer"] == ["Parameter torch.bfloat16", "Params4bit torch.uint8", "trained torch.bfloat16"]
     assert said["tuned"] == ["Params4bit torch.uint8", "trained torch.bfloat16"]
-    assert said["accuracy"] == 1 and said["scores"][0] == said["scores"][1]
+    assert said["accuracy"] == [16, 1] and said["scores"][0] == said["scores"][1]
     assert said["held out"][-1] < 0.9 * said["held out"][0]
     kept = [torch.load(path, weights_only=False)["module"] for path in tmp_path.glob("*/checkpoint-*/*/mp_rank*")]
     assert len(kept) == 4, "an epoch each"

@@ -19,8 +19,10 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, clean_environment, free_port, run, says_one_line
+from fidelity import divergence
 
 from augcon.demo.tiny_model import make_tiny_model
+from augcon.train.adapters import TrainedWith
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +88,11 @@ def test_fine_tuning_leaves_adapter_checkpoints_log_and_picture(tuned: tuple[Pat
     assert losses(results)[0] > 5 and losses(results)[-1] < 0.5
     assert len(list((results / "ckpts").glob("checkpoint-*/adapter_model.safetensors"))) == 12
     assert (results / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((results / "LoRA" / "trained_with.json").read_text())["quantize"] == "nf4"
-    for figure in ("tokens/s a process", "peak memory", "0 answers cut", "packs of at most", "(12 epochs)"):
+    record = json.loads((results / "run.json").read_text())["finetune"]
+    assert json.loads((results / "LoRA" / "run.json").read_text()) == {"finetune": record}
+    assert record["made_with"]["quantize"] == "nf4" and record["finished"]["loss"] == losses(results)[-1]
+    assert said.count(f"next:    python merge.py --results {results}") == 1
+    for figure in ("tokens/s per process", "peak memory", "0 answers cut", "packs of at most", "(12 epochs)"):
         assert said.count(figure) == 1, said  # from one of the two processes
 
 
@@ -97,16 +102,22 @@ def test_a_finished_run_does_nothing_again_and_one_with_other_settings_is_refuse
     flags = ("--results", results, "--model", base)
     again = run("finetune.py", *flags, *FLAGS)
     assert again.returncode == 0 and "done:" in again.stdout and "fine-tuning:" not in again.stderr
-    assert says_one_line(run("finetune.py", *flags, *FLAGS, "--epochs", 3), "epochs was 12 and is now 3")
+    other = run("finetune.py", *flags, *FLAGS, "--epochs", 3)
+    assert says_one_line(other, "epochs was 12 and is now 3", "--redo to replace LoRA, checkpoint-")
     assert (results / "LoRA" / "adapter_model.safetensors").stat().st_mtime_ns == made
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
-def test_the_served_model_gives_the_trained_answers(tuned: tuple[Path, str], tmp_path: Path):
+def test_the_served_model_gives_the_trained_answers(tuned: tuple[Path, str], base: Path, tmp_path: Path):
     results, _ = tuned
-    merged = run("merge.py", "--results", results, "--check")
+    merged = run("merge.py", "--results", results)
     assert merged.returncode == 0, merged.stderr
-    assert float(merged.stdout.partition("KL divergence from base and adapter ")[2].split()[0]) < 1e-4
+    trained = TrainedWith.from_inputs(json.loads((results / "run.json").read_text())["finetune"]["made_with"])
+    assert divergence(results / "sft_model", base, results / "LoRA", trained) < 1e-4
+    last = max((results / "ckpts").glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    assert run("merge.py", "--lora", last, "--output", tmp_path / "last").returncode == 0  # the same weights
+    for file in (results / "sft_model").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "last" / file.name).read_bytes()
     asked = [PAIRS[place][0] for place in (5, 2, 7, 0, 1, 6, 3, 4)]
     questions = tmp_path / "questions.jsonl"
     questions.write_text("".join(json.dumps({"question": question}) + "\n" for question in asked))
@@ -149,5 +160,37 @@ def test_a_single_pair_will_do_and_its_end_is_cut_where_there_is_no_room(base: P
     done = run("finetune.py", "--results", results, "--model", base, "--epochs", 2, "--max-tokens", 60)
     assert done.returncode == 0, done.stderr
     assert "1 pairs, 0 of them held out" in done.stdout and "1 answers cut at 60" in done.stdout
-    assert json.loads((results / "LoRA" / "trained_with.json").read_text())["quantize"] == "none"
+    assert json.loads((results / "LoRA" / "run.json").read_text())["finetune"]["made_with"]["quantize"] == "none"
     assert len(losses(results)) == 2
+
+
+def test_another_learning_rate_takes_consent_or_a_folder_of_its_own(base: Path, tmp_path: Path):
+    results = write_pairs(tmp_path / "r", PAIRS[:2])
+    flags = ("--results", results, "--model", base, "--epochs", 1, "--held-out", 0)
+    assert run("finetune.py", *flags).returncode == 0
+    weights = (results / "LoRA" / "adapter_model.safetensors").read_bytes()
+    faster = (*flags, "--learning-rate", "1e-3")
+    refused = run("finetune.py", *faster)
+    assert says_one_line(refused, "learning_rate was 5e-05 and is now 0.001", "--redo to replace LoRA, checkpoint-1")
+
+    edited = tmp_path / "edited.jsonl"
+    edited.write_text("".join(json.dumps({"question": q, "answer": f"{a}！"}) + "\n" for q, a in PAIRS[:2]))
+    second = run("finetune.py", *faster, "--data", edited, "--output", tmp_path / "the second")
+    assert second.returncode == 0, second.stderr
+    command = f"next:    python merge.py --lora '{tmp_path}/the second/LoRA' --output '{tmp_path}/the second/sft_model'"
+    assert second.stdout.splitlines()[-1] == command
+    assert {path.name for path in (tmp_path / "the second").iterdir()} == {
+        *(".lock", "run.json", "ckpts", "LoRA", "log.json", "loss.png")
+    }
+    assert (results / "LoRA" / "adapter_model.safetensors").read_bytes() == weights
+
+    again = run("finetune.py", *faster, "--redo")
+    assert again.returncode == 0 and "trained:" in again.stdout and "from checkpoint-" not in again.stdout, again.stderr
+    assert (results / "LoRA" / "adapter_model.safetensors").read_bytes() != weights
+
+
+def test_data_of_a_step_3_that_was_stopped_is_not_trained_on(base: Path, tmp_path: Path):
+    results = write_pairs(tmp_path / "r", PAIRS[:2])
+    record = {"step 3": {"made_with": {}, "finished": None, "outdated": False}}
+    (results / "run.json").write_text(json.dumps(record))
+    assert says_one_line(run("finetune.py", "--results", results, "--model", base), "step 3", "has not finished")

@@ -1,10 +1,13 @@
 """finetune.py trains on the answer and its end only, in packs whose examples do not see each other."""
 
+import csv
+import json
 import random
 import types
 from collections.abc import Iterator
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -14,10 +17,13 @@ from hypothesis import strategies as st
 from standins import fake_gpus, with_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from augcon.data import Pair
 from augcon.errors import UserError
 from augcon.train import base as training
+from augcon.train import loop
 from augcon.train import sft as tuning
-from augcon.train.chat import IGNORED, Encoder, Example, hold_out, load_encoder
+from augcon.train.chat import IGNORED, ChatEncoder, TrainingExample, load_encoder
+from augcon.train.pairs import read_pairs
 
 torch.set_num_threads(1)
 
@@ -52,7 +58,8 @@ FAMILIES = {
     "Mistral": (MISTRAL, "</s>"),
 }
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<|eot|>"]
-QUESTION, ANSWER = "面包店几点开门？", "面包店早上七点开门。\n\nIt sells out by eight."
+PAIR = Pair("面包店几点开门？", "面包店早上七点开门。\n\nIt sells out by eight.")
+QUESTION, ANSWER = PAIR.question, PAIR.answer
 TEXTS = [QUESTION + ANSWER, "The bakery opens at seven, 先到先得。"] * 30
 
 
@@ -69,12 +76,12 @@ def make_tokenizer(template: str | None, end: str = "<|im_end|>") -> transformer
     )
 
 
-def make_encoder(family: str, max_tokens: int = 1000) -> Encoder:
+def make_encoder(family: str, max_tokens: int = 1000) -> ChatEncoder:
     tokenizer = make_tokenizer(*FAMILIES[family])
-    return Encoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_tokens)
+    return ChatEncoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_tokens)
 
 
-def learnt(encoder: Encoder, example: Example) -> str:
+def learnt(encoder: ChatEncoder, example: TrainingExample) -> str:
     """What carries loss, as text."""
     kept = [label for label in example.labels if label != IGNORED]
     assert len(example.labels) == len(example.input_ids) and example.labels[-len(kept) :] == kept
@@ -85,7 +92,7 @@ def learnt(encoder: Encoder, example: Example) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_answer_and_its_end_token_carry_loss(family: str):
     encoder = make_encoder(family)
-    example = encoder(QUESTION, ANSWER)
+    example = encoder(PAIR)
     lead = " " if family == "Mistral" else ""  # which the model is to say itself
     assert learnt(encoder, example) == lead + ANSWER + FAMILIES[family][1] and not example.cut
     asked = encoder.tokenizer.apply_chat_template(
@@ -105,20 +112,20 @@ ENCODERS = {family: make_encoder(family) for family in FAMILIES}
 )
 def test_of_any_text_the_answer_and_its_end_carry_loss(question: str, answer: str, family: str):
     encoder = ENCODERS[family]
-    assert learnt(encoder, encoder(question, answer)).strip() == answer + FAMILIES[family][1]
+    assert learnt(encoder, encoder(Pair(question, answer))).strip() == answer + FAMILIES[family][1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_an_answer_too_long_the_start_stays_and_nothing_says_that_it_ends(family: str):
     encoder = make_encoder(family)
-    whole = encoder(QUESTION, ANSWER)
+    whole = encoder(PAIR)
     start = whole.labels.index(next(label for label in whole.labels if label != IGNORED))
     for room in (1, 3):
-        short = Encoder(encoder.tokenizer, encoder.ends, start + room)(QUESTION, ANSWER)
+        short = ChatEncoder(encoder.tokenizer, encoder.ends, start + room)(PAIR)
         assert short.cut and short.input_ids == whole.input_ids[: start + room]
         assert short.labels == whole.labels[: start + room]
-    assert Encoder(encoder.tokenizer, encoder.ends, start)(QUESTION, ANSWER) is None
-    assert not Encoder(encoder.tokenizer, encoder.ends, len(whole.input_ids))(QUESTION, ANSWER).cut
+    assert ChatEncoder(encoder.tokenizer, encoder.ends, start)(PAIR) is None
+    assert not ChatEncoder(encoder.tokenizer, encoder.ends, len(whole.input_ids))(PAIR).cut
 
 
 def base_with(folder: Path, **generation: object) -> Path:
@@ -132,21 +139,21 @@ def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path):
     tokenizer = make_tokenizer(LLAMA_3, "</s>")  # as Gemma: turns end with another token than texts do
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
     encoder, warning = load_encoder(tokenizer, base_with(tmp_path, eos_token_id=[2, eot]), 1000)
-    assert encoder(QUESTION, ANSWER).input_ids[-1] == eot and not warning
+    assert encoder(PAIR).input_ids[-1] == eot and not warning
 
 
 def test_no_pair_is_longer_than_the_model_can_hold(tmp_path: Path):
     transformers.LlamaConfig(vocab_size=600, max_position_embeddings=40).save_pretrained(tmp_path)
     encoder, _ = load_encoder(make_tokenizer(CHATML), tmp_path, 1000)
-    assert len(encoder(QUESTION, ANSWER * 9).input_ids) == 40
+    assert len(encoder(Pair(QUESTION, ANSWER * 9)).input_ids) == 40
     assert load_encoder(make_tokenizer(CHATML), tmp_path, 30)[0].max_tokens == 30
 
 
 def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
     encoder, warning = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
-    assert encoder(QUESTION, ANSWER).input_ids[-1] == encoder.tokenizer.eos_token_id
-    assert "opens an answer to come otherwise" in warning
+    assert encoder(PAIR).input_ids[-1] == encoder.tokenizer.eos_token_id
+    assert "starts an answer differently" in warning
 
 
 @pytest.mark.parametrize(
@@ -183,7 +190,7 @@ def make_model(kind: str, attention: str = "sdpa") -> transformers.PreTrainedMod
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attention: str):
     model, encoder = make_model(kind, attention), make_encoder("ChatML, marked")
-    examples = [encoder(QUESTION * (n + 1), ANSWER[:n]) for n in (1, 9, 4, 12, 7)]
+    examples = [encoder(Pair(QUESTION * (n + 1), ANSWER[:n])) for n in (1, 9, 4, 12, 7)]
     room = sum(len(example.input_ids) for example in examples)
     packed = tuning.pack_dataset(tuning.as_dataset(examples), room)
     assert len(packed) == 1 and len(packed[0]["seq_lengths"]) == 5
@@ -205,7 +212,7 @@ def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attenti
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=20), st.integers(2, 30))
 @settings(max_examples=20)
 def test_a_long_pair_is_a_pack_alone_and_does_not_make_the_others_longer(lengths: list[int], room: int):
-    examples = [Example([n] * length, [n] * length) for n, length in enumerate(lengths)]
+    examples = [TrainingExample([n] * length, [n] * length) for n, length in enumerate(lengths)]
     packs = tuning.pack(examples, room, seed=1)
     assert sorted(n for row in packs["input_ids"] for n in row) == sorted(n for e in examples for n in e.input_ids)
     assert list(packs["labels"]) == list(packs["input_ids"])
@@ -270,32 +277,34 @@ def test_gpus_that_pytorch_cannot_use_are_not_passed_over(tmp_path: Path, monkey
         training.start_processes()
 
 
-def rows_of(sizes: list[int], name: str = "article") -> list[dict[str, int]]:
-    return [{name: group} for group, size in enumerate(sizes) for _ in range(size)]
+def groups_of(sizes: list[int]) -> list[int]:
+    return [group for group, size in enumerate(sizes) for _ in range(size)]
 
 
 def test_whole_articles_are_held_out_where_there_are_many():
-    origins = rows_of([random.Random(n).randint(1, 9) for n in range(200)])
-    held, words = hold_out(len(origins), 0.05, origins, seed=1)
-    articles = {origins[place]["article"] for place in held}
-    assert 0.03 * len(origins) < len(held) <= 0.05 * len(origins) and f"{len(articles)} of 200 articles" in words
-    assert all((row["article"] in articles) == (place in held) for place, row in enumerate(origins))
-    assert hold_out(len(origins), 0.05, origins, seed=1)[0] == held != hold_out(len(origins), 0.05, origins, seed=2)[0]
+    articles = groups_of([random.Random(n).randint(1, 9) for n in range(200)])
+    held, words = tuning.hold_out(len(articles), 0.05, {"articles": articles}, seed=1)
+    chosen = {articles[place] for place in held}
+    assert 0.03 * len(articles) < len(held) <= 0.05 * len(articles) and f"{len(chosen)} of 200 articles" in words
+    assert all((article in chosen) == (place in held) for place, article in enumerate(articles))
+    again, other = (tuning.hold_out(len(articles), 0.05, {"articles": articles}, seed=seed)[0] for seed in (1, 2))
+    assert again == held != other
 
 
 def test_few_articles_are_not_held_out_whole():
-    origins = [{"article": n % 3, "root": n % 30} for n in range(600)]
-    held, words = hold_out(600, 0.05, origins, seed=1)
+    units = {"articles": [n % 3 for n in range(600)], "root contexts": [n % 30 for n in range(600)]}
+    held, words = tuning.hold_out(600, 0.05, units, seed=1)
     assert len(held) == 20 and "1 of 30 root contexts" in words
-    assert hold_out(600, 0.05, rows_of([300, 300]), seed=1)[1].startswith("single pairs")
-    assert len(hold_out(600, 0.05, [], seed=1)[0]) == 30
-    assert hold_out(100, 0.05, [{"article": None}] * 100, seed=1)[1].startswith("single pairs")
-    assert len(hold_out(119, 0.05, rows_of([100] + [1] * 19), seed=1)[0]) < 20  # never the one that is most of it
+    assert "single pairs" in tuning.hold_out(600, 0.05, {"articles": groups_of([300, 300])}, seed=1)[1]
+    assert len(tuning.hold_out(600, 0.05, {}, seed=1)[0]) == 30
+    assert "single pairs" in tuning.hold_out(100, 0.05, {"articles": [None] * 100}, seed=1)[1]
+    one_large = {"articles": groups_of([100] + [1] * 19)}
+    assert len(tuning.hold_out(119, 0.05, one_large, seed=1)[0]) < 20  # never the one that is most of it
 
 
 def test_of_few_pairs_one_is_held_out_and_of_one_none():
-    assert len(hold_out(2, 0.05, [], seed=1)[0]) == 1
-    assert hold_out(1, 0.05, [], seed=1)[0] == [] and hold_out(9, 0, [], seed=1)[0] == []
+    assert len(tuning.hold_out(2, 0.05, {}, seed=1)[0]) == 1
+    assert tuning.hold_out(1, 0.05, {}, seed=1)[0] == [] and tuning.hold_out(9, 0, {}, seed=1)[0] == []
 
 
 def test_the_picture_is_drawn_of_any_log(tmp_path: Path):
@@ -322,36 +331,88 @@ def test_without_pairs_it_is_one_line_from_the_front_door(tmp_path: Path):
     assert says_one_line(run("finetune.py", "--results", tmp_path / "r"), "sft_data", "augcon.sh")
 
 
+ROWS = [{"question": "Who bakes?", "answer": 'The "baker",\nat night.'}, {"question": "几点？", "answer": "42"}]
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8-sig")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["saved", "a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_pairs_come_from_a_dataset_or_a_file_of_any_kind(name: str, tmp_path: Path):
+    pairs = [Pair(str(row["question"]), str(row["answer"])) for row in ROWS]
+    assert read_pairs(write_rows(tmp_path / name, [{**row, "more": 1} for row in ROWS])) == pairs
+    broken = write_rows(tmp_path / f"b{Path(name).suffix}", [*ROWS, {"question": "Why?", "answer": " "}])
+    with pytest.raises(UserError, match=rf"row 3 of {broken} has no text in the field 'answer'.*Why"):
+        read_pairs(broken)
+    other = write_rows(tmp_path / f"c{Path(name).suffix}", [{"prompt": "Why?", "answer": "So."}])
+    with pytest.raises(UserError, match=r"row 1 of .* has no text in the field 'question': .*prompt"):
+        read_pairs(other)
+
+
+def test_a_file_that_holds_no_pairs_is_one_line(tmp_path: Path):
+    for name, text, said in (
+        ("a.jsonl", json.dumps(ROWS[0]) + '\n{"question": "Wh', "row 2 of .*question"),
+        ("b.json", "[1, 2", "cannot read the pairs in .*b.json"),
+        ("c.json", "[]", "has no pairs"),
+        ("d.txt", "Who?", "not a saved dataset, .jsonl"),
+        ("e.parquet", "Who?", "cannot read"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=said) as error:
+            read_pairs(tmp_path / name)
+        assert "\n" not in str(error.value)
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="name the folder of one: train"):
+        read_pairs(tmp_path / "splits")
+    with pytest.raises(UserError, match="cannot read the pairs"):
+        read_pairs(tmp_path)
+
+
 def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = tmp_path / "ckpts"
-    assert training.last_checkpoint(folder, {"of": "this"}) is None
-    (folder / "checkpoint-3").mkdir()
+    assert loop.last_checkpoint(folder) is None
+    state = folder / "checkpoint-3" / "global_step3"
+    state.mkdir(parents=True)
     (folder / "checkpoint-3" / "whole").touch()
+    (state / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     (folder / "checkpoint-5").mkdir()  # as a kill amid saving leaves it
-    assert training.last_checkpoint(folder, {"of": "this"}) == str(folder / "checkpoint-3")
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "processes", lambda: 4)
-        patch.setattr(training, "on_main", lambda work: work())
-        with pytest.raises(UserError, match="begun by 1 processes, and this run has 4"):
-            training.last_checkpoint(folder, {"of": "this"})
+    assert loop.last_checkpoint(folder) == str(folder / "checkpoint-3")
+    assert not (folder / "checkpoint-5").exists()
+    monkeypatch.setattr(loop, "world_size", lambda: 4)
+    with pytest.raises(UserError, match="begun by 1 processes, and this run has 4"):
+        loop.last_checkpoint(folder)
     assert (folder / "checkpoint-3" / "whole").exists()
-    (folder / "made_of.json").write_text('{"of": ')
-    assert training.last_checkpoint(folder, {"of": "this"}) is None
-    assert not (folder / "checkpoint-3").exists()
 
 
-def test_a_training_that_does_not_fit_or_runs_away_says_what_to_do():
+def test_a_training_that_does_not_fit_or_diverges_says_what_to_do():
     """With a stand-in for the Trainer: no GPU here can run out of memory."""
 
     def out_of_memory(**_: object) -> None:
         raise torch.cuda.OutOfMemoryError("no more")
 
     advice = {"too_large": "take less", "too_fast": "go slower"}
-    trainer = types.SimpleNamespace(model=torch.nn.Linear(1, 1), train=lambda **_: None)
-    training.run(trainer, None, **advice)
+    ignore = lambda *_, **__: None  # noqa: E731
+    trainer = types.SimpleNamespace(
+        model=torch.nn.Linear(1, 1), train=ignore, add_callback=ignore, remove_callback=ignore
+    )
+    loop.train(trainer, None, "training", 10, **advice)
     torch.nn.init.constant_(trainer.model.weight, torch.nan)
-    with pytest.raises(UserError, match="ran away; go slower"):
-        training.run(trainer, None, **advice)
+    with pytest.raises(UserError, match=r"diverged: .*; go slower"):
+        loop.train(trainer, None, "training", 10, **advice)
     trainer.train = out_of_memory
     with pytest.raises(UserError, match="more memory than the GPU has; take less"):
-        training.run(trainer, None, **advice)
+        loop.train(trainer, None, "training", 10, **advice)

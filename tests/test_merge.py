@@ -12,13 +12,15 @@ import pytest
 import torch
 import transformers
 from conftest import run, says_one_line
+from fidelity import LARGEST_DIVERGENCE, divergence
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
 
 import augcon.train.merge
 from augcon.demo.tiny_model import make_tiny_model
+from augcon.run.record import Record
 from augcon.train import base as training
-from augcon.train.adapters import TrainedWith, fingerprint
+from augcon.train.adapters import TrainedWith
 
 torch.set_num_threads(1)  # the tensors are tiny, and threads that wait for each other cost more
 
@@ -29,6 +31,7 @@ TEXTS = ["面包店七点开门，八点卖完。", "The baker turns each loaf o
 class Parts(NamedTuple):
     base: Path
     lora: Path
+    trained: TrainedWith
     changes: dict[str, torch.Tensor]  # what PEFT itself says that the adapter adds, by module
     seen: dict[str, torch.Tensor]  # the weights in training, by module
 
@@ -60,8 +63,9 @@ def make_adapter(base: Path, folder: Path, quantize: str, record: bool = True, *
         for factor in (*layer.lora_B.values(), *layer.lora_embedding_B.values()):
             torch.nn.init.normal_(getattr(factor, "weight", factor), std=0.1)
     tuned.save_pretrained(folder, save_embedding_layers=False)
+    trained = TrainedWith(str(base), training.weights_digest(base), quantize, "float32")
     if record:
-        TrainedWith(str(base), fingerprint(base), quantize, "float32").save(folder)
+        Record(folder).begin("finetune", trained.inputs(), made=[], redo=False)
     changes, seen = {}, {}
     for name, layer in layers.items():
         weight = layer.get_base_layer().weight
@@ -69,7 +73,7 @@ def make_adapter(base: Path, folder: Path, quantize: str, record: bool = True, *
         changes[module] = layer.get_delta_weight("default").detach()
         packed = hasattr(weight, "quant_state")
         seen[module] = (dequantize_bnb_weight(weight) if packed else weight).detach().float()
-    return Parts(base, folder, changes, seen)
+    return Parts(base, folder, trained, changes, seen)
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +122,15 @@ def test_every_weight_is_what_training_saw_plus_what_peft_adds(
     kind: str, quantize: str, request: pytest.FixtureRequest, merge: Callable[..., Merged], tmp_path: Path
 ):
     parts = make_adapter(request.getfixturevalue(kind), tmp_path / "lora", quantize)
-    status, said, error = merge("--lora", parts.lora, "--output", tmp_path / "out", "--check")
-    assert (status, error) == (0, "")
+    status, said, error = merge("--lora", parts.lora, "--output", tmp_path / "out")
+    assert (status, error) == (0, "") and f"serve.py --model {tmp_path / 'out'}" in said
     before, after = weights(parts.base), weights(tmp_path / "out")
     assert after.keys() == before.keys() and len(parts.changes) == 14
     for name, tensor in after.items():
         module = name.removesuffix(".weight")
         wanted = (parts.seen[module] + parts.changes[module]).bfloat16() if module in parts.changes else before[name]
         assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, wanted), name
-    assert float(said.partition("KL divergence from base and adapter ")[2].split()[0]) < 1e-4
+    assert divergence(tmp_path / "out", parts.base, parts.lora, parts.trained) < 1e-4
 
 
 def test_layers_without_an_adapter_are_quantised_too(base: Path, merge: Callable[..., Merged], tmp_path: Path):
@@ -164,7 +168,7 @@ def test_all_but_the_weights_is_the_bases_byte_for_byte(nf4: Parts, merge: Calla
     tokenizer.save_pretrained(parts.lora)  # as a Trainer does: the same tokenizer in other bytes
     assert merge("--lora", parts.lora, "--output", tmp_path / "out")[0] == 0
     names = {path.name for path in parts.base.iterdir()}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"merged_from.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"run.json"}
     for name in names:
         if not name.endswith(".safetensors"):
             assert (tmp_path / "out" / name).read_bytes() == (parts.base / name).read_bytes(), name
@@ -180,16 +184,14 @@ def test_a_template_of_the_adapters_own_goes_with_it(nf4: Parts, merge: Callable
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tokenizer.chat_template
 
 
-def test_the_check_finds_a_model_that_is_not_what_was_trained(nf4: Parts, merge: Callable[..., Merged], tmp_path: Path):
-    flags = ("--lora", nf4.lora, "--output", tmp_path / "out", "--check")
-    assert merge(*flags)[0] == 0
-    for file in (tmp_path / "out").glob("*.safetensors"):  # as if merged into the plain weights
+def test_a_merge_into_the_plain_weights_would_be_found_out(nf4: Parts, merge: Callable[..., Merged], tmp_path: Path):
+    merge("--lora", nf4.lora, "--output", tmp_path / "out")
+    for file in (tmp_path / "out").glob("*.safetensors"):
         plain = load_file(nf4.base / file.name)
         for name in plain.keys() & {f"{module}.weight" for module in nf4.changes}:
             plain[name] = (plain[name].float() + nf4.changes[name.removesuffix(".weight")]).bfloat16()
         save_file(plain, file, metadata={"format": "pt"})
-    status, _, error = merge(*flags)
-    assert status == 1 and "is not what was trained" in error
+    assert divergence(tmp_path / "out", nf4.base, nf4.lora, nf4.trained) > LARGEST_DIVERGENCE
 
 
 def test_a_second_run_does_nothing_and_another_adapter_takes_the_place(
@@ -197,9 +199,9 @@ def test_a_second_run_does_nothing_and_another_adapter_takes_the_place(
 ):
     flags = ("--lora", nf4.lora, "--output", tmp_path / "out")
     merge(*flags)
-    made = (tmp_path / "out" / "merged_from.json").stat().st_mtime_ns
+    made = (tmp_path / "out" / "run.json").stat().st_mtime_ns
     assert "is made of this adapter already" in merge(*flags)[1]
-    assert (tmp_path / "out" / "merged_from.json").stat().st_mtime_ns == made
+    assert (tmp_path / "out" / "run.json").stat().st_mtime_ns == made
     other = make_adapter(nf4.base, tmp_path / "other", "none")
     old = weights(tmp_path / "out")
     assert merge("--lora", other.lora, "--output", tmp_path / "out")[0] == 0
@@ -230,7 +232,7 @@ def test_a_full_disk_leaves_the_old_model_and_nothing_half_done(
 
     monkeypatch.setattr(augcon.train.merge, "save_file", save)
     status, _, error = merge("--lora", other.lora, "--output", out)
-    assert status == 1 and "cannot be written" in error and "No space left" in error
+    assert status == 1 and "cannot write" in error and "No space left" in error
     assert {path.name for path in tmp_path.iterdir()} == {"out", "other"}
     assert all(torch.equal(tensor, old[name]) for name, tensor in weights(out).items())
 
@@ -240,7 +242,7 @@ def test_an_adapter_of_another_base_is_refused(nf4: Parts, merge: Callable[..., 
     status, _, error = merge("--lora", nf4.lora, "--base", other, "--output", tmp_path / "out")
     assert status == 1 and "belongs to another base" in error and str(nf4.base) in error
     parts = copied(nf4, tmp_path / "lora")  # without the record only the shapes can tell
-    (parts.lora / "trained_with.json").unlink()
+    (parts.lora / "run.json").unlink()
     settings = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**settings, "intermediate_size": 128}))
     status, _, error = merge("--lora", parts.lora, "--base", other, "--quantize", "nf4", "--output", tmp_path / "out")
@@ -250,10 +252,10 @@ def test_an_adapter_of_another_base_is_refused(nf4: Parts, merge: Callable[..., 
 
 def test_an_adapter_that_does_not_say_how_it_was_trained(nf4: Parts, merge: Callable[..., Merged], tmp_path: Path):
     parts = copied(nf4, tmp_path / "lora")
-    (parts.lora / "trained_with.json").unlink()
+    (parts.lora / "run.json").unlink()
     status, _, error = merge("--lora", parts.lora, "--output", tmp_path / "out")
     assert status == 1 and "--quantize nf4" in error and "--quantize none" in error
-    assert merge("--lora", parts.lora, "--quantize", "nf4", "--output", tmp_path / "out", "--check")[0] == 0
+    assert merge("--lora", parts.lora, "--quantize", "nf4", "--output", tmp_path / "out")[0] == 0
     status, _, error = merge("--lora", nf4.lora, "--quantize", "none", "--output", tmp_path / "out")
     assert status == 1 and "trained with --quantize nf4" in error
 
@@ -295,7 +297,7 @@ def test_damaged_adapters_are_one_line(nf4: Parts, merge: Callable[..., Merged],
     for change, said in (
         ({name: None}, "do not fit"),
         ({name: tensors[name] * float("nan")}, "not finite"),
-        ({"base_model.model.model.norm.weight": torch.ones(128)}, "no LoRA of a linear layer"),
+        ({"base_model.model.model.norm.weight": torch.ones(128)}, "not a LoRA of a linear layer"),
     ):
         save_file({key: value for key, value in {**tensors, **change}.items() if value is not None}, file)
         status, _, error = merge("--lora", parts.lora, "--output", tmp_path / "out")
@@ -308,7 +310,7 @@ def test_damaged_adapters_are_one_line(nf4: Parts, merge: Callable[..., Merged],
 
 def test_damaged_bases_are_one_line(nf4: Parts, merge: Callable[..., Merged], tmp_path: Path):
     parts = copied(nf4, tmp_path / "lora")
-    (parts.lora / "trained_with.json").unlink()
+    (parts.lora / "run.json").unlink()
 
     def refused(base: Path) -> str:
         status, _, error = merge("--lora", parts.lora, "--base", base, "--quantize", "none", "--output", tmp_path / "o")
@@ -320,7 +322,7 @@ def test_damaged_bases_are_one_line(nf4: Parts, merge: Callable[..., Merged], tm
     (base / shards[2].name).unlink()
     assert shards[2].name in refused(base)
     (base / shards[2].name).write_bytes(shards[2].read_bytes()[:-1000])
-    assert "read" in refused(base)
+    assert "cannot read" in refused(base)
     shutil.copy(shards[2], base)
     settings = json.loads((base / "config.json").read_text())
     four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -332,6 +334,25 @@ def test_damaged_bases_are_one_line(nf4: Parts, merge: Callable[..., Merged], tm
     (base / "pytorch_model.bin").touch()
     assert ".bin only" in refused(base)
     assert "no/such" in refused(Path("no/such"))
+
+
+def test_the_model_is_written_beside_its_adapter_and_the_command_that_serves_it_is_complete(
+    nf4: Parts, merge: Callable[..., Merged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    second = copied(nf4, tmp_path / "my results" / "second" / "LoRA").lora.parent
+    shutil.copytree(nf4.lora, second / "ckpts" / "checkpoint-8")
+    (second / "ckpts" / "checkpoint-8" / "run.json").rename(second / "run.json")
+    said = merge("--lora", "my results/second/LoRA")[1]
+    assert said.splitlines()[-1] == "next:    python serve.py --model 'my results/second/sft_model'"
+    by_default = merge("--results", "my results/second")[1]
+    assert "made of this adapter already" in by_default
+    assert by_default.splitlines()[-1].endswith("--model 'my results/second/sft_model' --results 'my results/second'")
+    shutil.rmtree(second / "sft_model")
+    assert merge("--lora", "my results/second/ckpts/checkpoint-8")[0] == 0
+    assert (second / "sft_model" / "run.json").exists()
+    (second / "run.json").unlink()
+    assert "no record of how it was trained" in merge("--lora", second / "ckpts" / "checkpoint-8")[2]
 
 
 def test_no_adapter_is_one_line_from_the_front_door(tmp_path: Path):

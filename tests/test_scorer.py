@@ -1,7 +1,9 @@
 """The scorer's parts: what it reads, what it learns from, that it gives the same numbers again."""
 
-import json
+import dataclasses
 import math
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from augcon.data import Query, ScorerPair
 from augcon.demo.tiny_model import FAMILIES, make_tiny_model
 from augcon.errors import UserError
-from augcon.method.pairs import NEGATIVES, ScorerPair
+from augcon.method.pairs import NEGATIVES
 from augcon.train import base as training
 from augcon.train import scorer
 from augcon.train.scores import KeptScores, key
@@ -37,8 +40,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def encoder(base: str, max_tokens: int = 2048) -> scorer.Encoder:
-    return scorer.Encoder(training.load_tokenizer(base), max_tokens)
+def encoder(base: str, max_tokens: int = 2048) -> scorer.ScorerEncoder:
+    return scorer.ScorerEncoder(training.load_tokenizer(base), max_tokens)
 
 
 def trained(base: str, quantize: training.Quantization = "none"):
@@ -93,8 +96,7 @@ def test_a_saved_scorer_gives_the_same_scores(base: str, tmp_path: Path):
     quantize = "nf4" if base.endswith("qwen2") else "none"  # 4-bit arithmetic is slow on a CPU: one will do
     encode, model = encoder(base), trained(base, quantize)
     rows = encode([(CONTEXT, QUESTION), ("短。", "问？")])
-    facts = scorer.save(model, tmp_path / "scorer", {"made of": "this"})
-    assert json.loads((tmp_path / "scorer" / "scorer.json").read_text()) == facts
+    assert scorer.save(model, tmp_path / "scorer") == scorer.save(model, tmp_path / "scorer")
     assert not list(tmp_path.glob("*.unfinished"))
     again = scorer.load_scorer(base, encode, 99, tmp_path / "scorer", quantize)
     assert scorer.score(again, encode, rows) == scorer.score(model, encode, rows)
@@ -102,7 +104,7 @@ def test_a_saved_scorer_gives_the_same_scores(base: str, tmp_path: Path):
 
 def test_a_damaged_scorer_or_one_of_another_shape_is_refused(base: str, tmp_path: Path):
     encode = encoder(base)
-    scorer.save(trained(base), tmp_path / "scorer", {})
+    scorer.save(trained(base), tmp_path / "scorer")
     weights = tmp_path / "scorer" / "adapter_model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor for name, tensor in tensors.items() if "score" not in name}, weights)
@@ -141,7 +143,8 @@ def test_a_badly_ranked_pair_still_pulls():
 
 
 def some_pairs(roots: list[int]) -> list[ScorerPair]:
-    return [ScorerPair(f"c{n}", "good", "bad", list(NEGATIVES)[n % 3], root) for n, root in enumerate(roots)]
+    kinds = list(NEGATIVES)
+    return [ScorerPair(f"c{n}", "good", "bad", kinds[n % 3], root, f"{root}:0:") for n, root in enumerate(roots)]
 
 
 @given(
@@ -151,20 +154,20 @@ def some_pairs(roots: list[int]) -> list[ScorerPair]:
 )
 def test_held_out_pairs_share_no_article_with_the_others(roots: list[int], article_of: dict[int, int], seed: int):
     pairs = some_pairs(roots)
-    held, words = scorer.hold_out(pairs, article_of, seed)
-    rest = [pair for pair in pairs if pair not in held]
+    rest, held, words = scorer.hold_out(pairs, article_of, seed)
+    assert len(rest) + len(held) == len(pairs) and all(pair not in held for pair in rest)
     assert len(held) <= len(pairs) / 2, "most is left to learn from"
     articles = {article_of.get(root, -1) for root in roots}
     unit = (lambda pair: article_of.get(pair.root, -1)) if len(articles) > 1 else (lambda pair: pair.root)
     assert not set(map(unit, held)) & set(map(unit, rest))
     assert bool(held) == (len(set(roots)) > 1)
     assert ("one article" in words) == (len(articles) == 1 and len(set(roots)) > 1)
-    assert scorer.hold_out(pairs, article_of, seed)[0] == held
+    assert scorer.hold_out(pairs, article_of, seed)[1] == held
 
 
 def test_about_a_tenth_is_held_out():
     pairs = some_pairs([root for root in range(200) for _ in range(5)])
-    held, words = scorer.hold_out(pairs, {root: root // 4 for root in range(200)}, 1)
+    _, held, words = scorer.hold_out(pairs, {root: root // 4 for root in range(200)}, 1)
     assert len(held) == 100 and words == "5 of 50 articles"
 
 
@@ -181,23 +184,36 @@ def test_what_a_kill_tears_off_costs_only_that_batch(tmp_path: Path):
     kept.read()
     assert (kept.plan, kept.scores) == ([], {})
     kept.add_to_plan([["a", "b"], ["c"], ["d"]])
-    with kept.part(0) as part:
-        kept.keep(part, 0, [1.5, 2.5])
+    kept.keep(0, 0, [1.5, 2.5])
+    with (tmp_path / "scores" / "part-0.jsonl").open("a") as part:
         part.write('\n{"batch": 1, "sco')
-    with kept.part(0) as part:
-        kept.keep(part, 2, [4.0])
+    kept.keep(0, 2, [4.0])
     again = KeptScores(tmp_path / "scores")
     again.read()
     assert again.plan == [["a", "b"], ["c"], ["d"]] and again.scores == {"a": 1.5, "b": 2.5, "d": 4.0}
     again.add_to_plan([["e"]])
-    with again.part(1) as part:
-        again.keep(part, 3, [5.0])
+    again.keep(1, 3, [5.0])
     kept.read()
     assert kept.scores == {"a": 1.5, "b": 2.5, "d": 4.0, "e": 5.0}
-    assert key("a", "bc") != key("ab", "c")
+
+
+def test_an_edited_query_has_another_key():
+    query = Query("12:0:21", 12, "a", "bc")
+    assert re.fullmatch(r"12:0:21#[0-9a-f]{8}", key(query)) and key(query) == key(dataclasses.replace(query))
+    others = (
+        Query("12:0:21", 12, "ab", "c"),
+        dataclasses.replace(query, text="bd"),
+        dataclasses.replace(query, id="12:1:21"),
+    )
+    assert len({key(query), *map(key, others)}) == 4
 
 
 def test_a_model_is_known_again_and_another_is_not(base: str, tmp_path: Path):
-    assert training.check_base(base) == training.check_base(base)
+    known = training.weights_digest(Path(base))
+    assert training.weights_digest(shutil.copytree(base, tmp_path / "copy")) == known
     make_tiny_model(tmp_path / "other", [CONTEXT, QUESTION], vocabulary=400, seed=1)
-    assert training.check_base(base) != training.check_base(str(tmp_path / "other"))
+    assert training.weights_digest(tmp_path / "other") != known
+    settings = tmp_path / "copy" / "config.json"
+    before = training.companions_digest(tmp_path / "copy")
+    settings.write_text(settings.read_text() + " ")
+    assert training.companions_digest(tmp_path / "copy") != before

@@ -19,7 +19,7 @@ from augcon.method.diversity import DiverseQueries
 from augcon.method.pairs import NEGATIVES
 
 FLAGS = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3", "--max-refills", 2)
-MADE = ("scores.jsonl", "filtered_queries.json", "finished.json")
+MADE = ("scores.jsonl", "filtered_queries.json", "run.json")
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
 
@@ -33,6 +33,17 @@ def read(path: Path) -> Any:
 
 def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def facts_of(results: Path, stage: str) -> dict[str, Any]:
+    return read(results / "run.json")[stage]["finished"]
+
+
+def set_facts(results: Path, stage: str, **facts: object) -> None:
+    """As if the stage had come to its end with these facts."""
+    stages = read(results / "run.json") if (results / "run.json").exists() else {}
+    stages[stage] = {"made_with": {}, **stages.get(stage, {}), "finished": facts, "outdated": False}
+    write(results / "run.json", stages)
 
 
 def made(results: Path) -> dict[str, bytes]:
@@ -70,7 +81,7 @@ def few(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.rmtree(results / "scorer_pairs")
     chosen = pairs.select(range(0, len(pairs), 12))
     chosen.save_to_disk(results / "scorer_pairs")
-    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": len(chosen)}})
+    set_facts(results, "step 1", refills=0, pairs=len(chosen))
     write(results / "queries.json", {root: listed[:15] for root, listed in read(results / "queries.json").items()})
     return results
 
@@ -88,11 +99,12 @@ def bundled(questions: Path, base: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.slow
 def test_the_scorer_learns_to_tell_pairs_of_articles_that_it_has_not_seen(bundled: tuple[Path, str]):
     results, output = bundled
-    facts = read(results / "scorer" / "scorer.json")
-    assert facts["accuracy before"]["all"] < 0.7 and facts["accuracy after"]["all"] > 0.8
-    assert all(facts["accuracy after"][kind] > 0.7 for kind in NEGATIVES)
-    assert facts["held-out pairs"]["all"] == sum(facts["held-out pairs"][kind] for kind in NEGATIVES) >= 100
-    assert "of 18 articles" in facts["held out"] and f"{facts['accuracy after']['all']:.3f}" in output
+    facts = facts_of(results, "scorer")
+    before, after = facts["accuracy_before"], facts["accuracy_after"]
+    assert before["all"][1] < 0.7 and after["all"][1] > 0.8
+    assert all(after[kind][1] > 0.7 for kind in NEGATIVES)
+    assert after["all"][0] == sum(after[kind][0] for kind in NEGATIVES) >= 100
+    assert "of 18 articles" in facts["held_out"] and f"{after['all'][1]:.3f}" in output
     assert not (results / "scorer_checkpoints").exists()
 
 
@@ -102,14 +114,15 @@ def test_every_query_has_a_score_and_a_fate_and_the_best_that_differ_are_kept(bu
     queries, filtered = read(results / "queries.json"), read(results / "filtered_queries.json")
     scores = lines(results / "scores.jsonl")
     assert list(filtered) == list(queries)
-    assert [(row["root"], row["index"], row["question"]) for row in scores] == [
-        (int(root), index, query) for root, listed in queries.items() for index, (_, query) in enumerate(listed)
+    assert [(row["root"], row["question"]) for row in scores] == [
+        (int(root), query) for root, listed in queries.items() for _, query in listed
     ]
+    asked = {row["id"]: [row["context"], row["query"]] for row in lines(results / "nodes.jsonl") if row["query"]}
+    assert {row["id"]: row["question"] for row in scores} == {of: query for of, (_, query) in asked.items()}
     for context in lines(results / "contexts.jsonl"):
         mine = [row for row in scores if row["root"] == context["root"]]
         kept = sorted((row for row in mine if row["fate"] == "kept"), key=lambda row: -row["score"])
-        texts = queries[str(context["root"])]
-        assert filtered[str(context["root"])] == [texts[row["index"]] for row in kept]
+        assert filtered[str(context["root"])] == [asked[row["id"]] for row in kept]
         assert DiverseQueries(0.7).offer_all(row["question"] for row in kept) == len(kept) <= context["quota"]
         if len(kept) == context["quota"]:
             assert all(row["score"] <= kept[-1]["score"] for row in mine if row["fate"] == "over quota")
@@ -131,7 +144,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
 ):
     results = tmp_path / "r"
     shutil.copytree(bundled[0], results)
-    before = {(row["root"], row["index"]): row["score"] for row in lines(results / "scores.jsonl")}
+    before = {row["id"]: row["score"] for row in lines(results / "scores.jsonl")}
     shutil.rmtree(results / "scores_parts")
     queries = read(results / "queries.json")
     planted = ["主要讲了什么内容？", "什么是这个？", "请谈一谈看法。"]
@@ -143,7 +156,7 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
     rows = lines(results / "scores.jsonl")
     for row in rows:
         if row["question"] not in planted:
-            assert row["score"] == pytest.approx(before[row["root"], row["index"] - len(planted)], abs=1e-3)
+            assert row["score"] == pytest.approx(before[row["id"]], abs=1e-3)
     mean = {
         bad: sum(row["score"] for row in rows if (row["question"] in planted) == bad)
         / sum((row["question"] in planted) == bad for row in rows)
@@ -169,7 +182,7 @@ def test_short_roots_go_back_to_step_1_until_that_was_done_often_enough(
     assert "as trained before" in first.stdout and "2 go back to step 1" in first.stdout, first.stderr
     assert "scored:" not in first.stdout, "every score is there already"
     assert read(results / "refills.json") == [[3, 7]]
-    assert read(results / "finished.json")["step 2"] == {"refills": 0, "ordered": 1}
+    assert {"refills": 0, "ordered": 1}.items() <= facts_of(results, "step 2").items()
     before = made(results)
     assert run("step2_scorer.py", *flags).returncode == 0
     assert made(results) == before and read(results / "refills.json") == [[3, 7]]
@@ -179,11 +192,37 @@ def test_short_roots_go_back_to_step_1_until_that_was_done_often_enough(
     queries["3"].append([queries["3"][0][0], "为什么要等到明年才能拿完，风险又起了什么作用？"])
     write(results / "queries.json", queries)
     write(results / "refills.json", [[3, 7], [7]])
-    write(results / "finished.json", {"step 1": {"refills": 2}})
+    set_facts(results, "step 1", refills=2)
     last = run("step2_scorer.py", *flags)
     assert "scored:  1 queries" in last.stdout and "2 stay short of it after 2 refills" in last.stdout, last.stderr
     assert read(results / "refills.json") == [[3, 7], [7]]
-    assert read(results / "finished.json")["step 2"] == {"refills": 2, "ordered": 2}
+    assert {"refills": 2, "ordered": 2}.items() <= facts_of(results, "step 2").items()
+
+
+@pytest.mark.slow
+def test_a_scorer_is_kept_when_step_1_makes_the_same_pairs_again_and_one_of_other_settings_is_not_replaced_unasked(
+    bundled: tuple[Path, str], base: Path, tmp_path: Path
+):
+    results = tmp_path / "r"
+    shutil.copytree(bundled[0], results)
+    stages = read(results / "run.json")
+    for stage in ("step 1", "scorer", "step 2"):  # as --redo of step 1 leaves them
+        stages[stage]["outdated"] = stage != "step 1"
+    write(results / "run.json", stages)
+    flags = ("--results", results, "--scorer-model", base, *FLAGS)
+    again = run("step2_scorer.py", *flags)
+    assert again.returncode == 0 and "as trained before" in again.stdout and "trained:" not in again.stdout
+    assert not any(stage["outdated"] for stage in read(results / "run.json").values())
+    weights = (results / "scorer" / "adapter_model.safetensors").read_bytes()
+
+    other = run("step2_scorer.py", *flags, "--scorer-max-tokens", 100)
+    assert says_one_line(
+        other, "scorer_max_tokens was 2048 and is now 100", "--redo to replace scorer, filtered_queries"
+    )
+    assert (results / "scorer" / "adapter_model.safetensors").read_bytes() == weights
+    redone = run("step2_scorer.py", *flags, "--scorer-max-tokens", 100, "--redo")
+    assert redone.returncode == 0 and "trained:" in redone.stdout, redone.stderr
+    assert (results / "scorer" / "adapter_model.safetensors").read_bytes() != weights
 
 
 def killed(flags: tuple, when: Path, pattern: str, rows: int = 1) -> None:
@@ -217,11 +256,11 @@ def test_killed_in_training_and_in_scoring_it_goes_on_to_the_same_outcome(few: P
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")
     killed(flags, results, "scores_parts/*/part-*.jsonl", 10)
-    assert (results / "scorer" / "scorer.json").exists() and not (results / "scorer_checkpoints").exists()
+    assert facts_of(results, "scorer")["base"] == str(base) and not (results / "scorer_checkpoints").exists()
     scored = sum(len(row["scores"]) for path in results.glob("scores_parts/*/part-*") for row in rows_of(path))
     last = run("step2_scorer.py", *flags)
     assert last.returncode == 0 and "as trained before" in last.stdout, last.stderr
-    assert "from checkpoint-" in read(results / "scorer" / "scorer.json")["trained"]
+    assert "from checkpoint-" in facts_of(results, "scorer")["speed"]
     total = len(lines(results / "scores.jsonl"))
     left = int(last.stdout.partition("scored:  ")[2].partition(" ")[0].replace(",", ""))
     assert 0 < left <= total - scored
@@ -239,7 +278,7 @@ def test_without_pairs_the_order_is_that_of_the_trees(few: Path, tmp_path: Path)
     results = tmp_path / "r"
     shutil.copytree(few, results)
     shutil.rmtree(results / "scorer_pairs")
-    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": 0}})
+    set_facts(results, "step 1", refills=0, pairs=0)
     done = run("step2_scorer.py", "--results", results)
     assert done.returncode == 0 and "no pairs to learn from" in done.stdout, done.stderr
     queries, filtered = read(results / "queries.json"), read(results / "filtered_queries.json")
@@ -269,11 +308,11 @@ def test_what_is_wrong_with_the_input_is_one_line(tmp_path: Path):
     context = {"root": 0, "article": 0, "start": 0, "end": 3, "length": 3, "quota": 1, "text": "一二三"}
     (results / "contexts.jsonl").write_text(json.dumps(context) + "\n")
     (results / "queries.json").write_text('{"0": [["一二三", ')
-    assert says_one_line(run("step2_scorer.py", "--results", results), "queries.json", "cannot be read")
+    assert says_one_line(run("step2_scorer.py", "--results", results), "queries.json", "cannot read")
     write(results / "queries.json", {"0": [["一二三", "什么？"]]})
-    assert says_one_line(run("step2_scorer.py", "--results", results), "step 1 has not come to its end")
-    write(results / "finished.json", {"step 1": {"refills": 0, "pairs": 3}})
+    assert says_one_line(run("step2_scorer.py", "--results", results), "step 1 has not finished")
+    set_facts(results, "step 1", refills=0, pairs=3)
     assert says_one_line(run("step2_scorer.py", "--results", results), "scorer_pairs", "run step1_gen_q.py again")
-    write(results / "finished.json", {"step 1": {"refills": 0}})
+    set_facts(results, "step 1", refills=0)
     datasets.Dataset.from_dict({"context": ["a"], "pos_query": ["b"]}).save_to_disk(results / "scorer_pairs")
     assert says_one_line(run("step2_scorer.py", "--results", results), "scorer_pairs", "neg_query")

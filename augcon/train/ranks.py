@@ -1,7 +1,7 @@
-"""The processes of one training, one a GPU: who speaks, who works for all, who waits.
+"""The processes of one training, one for each GPU: which of them prints, works for all, or waits.
 
 Scripts that train run under ``deepspeed --num_gpus N script.py``, or as one process under plain ``python``.
-``training.start_processes`` brings the processes together; nothing here imports torch before that.
+``base.start_processes`` connects the processes; nothing here imports torch before that.
 """
 
 import functools
@@ -10,24 +10,24 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from augcon.errors import UserError
 
 Result = TypeVar("Result")
-_PATIENCE = timedelta(days=7)  # for the first process, which reads, filters and writes while the others wait
+_TIMEOUT = timedelta(days=7)  # the others wait while the first process reads, filters and writes
 
 
 @functools.cache
-def waiting_room() -> Any:
-    """A group in which processes may wait for hours; NCCL would take that for a failure."""
+def waiting_group() -> Any:
+    """A process group in which processes may wait for hours; NCCL would take that for a failure."""
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def rank() -> int:
-    """Which process this is, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -36,60 +36,60 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def processes() -> int:
-    """How many processes take part."""
+def world_size() -> int:
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def tell(text: str) -> None:
+def print_main(text: str) -> None:
     """Prints a line, in the first process only."""
     if is_main():
         print(text, flush=True)
 
 
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    if processes() == 1:
+def barrier() -> None:
+    """Returns once every process has come here."""
+    if world_size() == 1:
         return
     import torch.distributed as dist
 
-    dist.barrier(group=waiting_room())
+    dist.barrier(group=waiting_group())
 
 
 def on_main(work: Callable[[], Result]) -> Result:
-    """What ``work`` returns in the first process, in all of them; a UserError there is one in all of them."""
-    if processes() == 1:
+    """Runs ``work`` in the first process and returns its result in all of them; so with a UserError that it raises."""
+    if world_size() == 1:
         return work()
     import torch
     import torch.distributed as dist
 
-    said: list[Any] = [None, None]
+    outcome: list[Any] = [None, None]  # result, error
     if is_main():
         try:
-            said[0] = work()
+            outcome[0] = work()
         except UserError as error:
-            said[1] = str(error)
-    dist.broadcast_object_list(said, src=0, group=waiting_room(), device=torch.device("cpu"))
-    if said[1] is not None:
-        raise UserError(said[1])
-    return said[0]
+            outcome[1] = str(error)
+    dist.broadcast_object_list(outcome, src=0, group=waiting_group(), device=torch.device("cpu"))
+    if outcome[1] is not None:
+        raise UserError(outcome[1])
+    return cast(Result, outcome[0])
 
 
-def gather(mine: Result) -> list[Result]:
-    """What each process has, in all of them, in the order of the processes."""
-    if processes() == 1:
+def all_gather(mine: Result) -> list[Result]:
+    """The values of all processes, in all of them, in the order of the processes."""
+    if world_size() == 1:
         return [mine]
     import torch.distributed as dist
 
-    everyone: list[Any] = [None] * processes()
-    dist.all_gather_object(everyone, mine, group=waiting_room())
+    everyone: list[Any] = [None] * world_size()
+    dist.all_gather_object(everyone, mine, group=waiting_group())
     return everyone
 
 
-def one_voice(main: Callable[[], None]) -> Callable[[], None]:
-    """Under ``@stage``: only the first process tells of an error that all of them meet.
+def report_once(main: Callable[[], None]) -> Callable[[], None]:
+    """Under ``@stage``: an error that all processes meet is reported by the first one only.
 
-    The launcher ends all processes when one ends in failure, so the others give the first the time to speak.
+    The launcher ends all processes when one fails, so the others give the first one time to report.
     """
 
     @functools.wraps(main)
@@ -102,7 +102,7 @@ def one_voice(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(130)
         except Exception:
             if not is_main():
-                time.sleep(20)  # if it still lives then, only this process met the error
+                time.sleep(20)  # if this process still lives then, it alone met the error
             raise
         if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
             sys.modules["torch"].distributed.destroy_process_group()

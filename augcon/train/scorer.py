@@ -1,18 +1,16 @@
-"""The scorer Sc(context, question) → one unbounded number (paper section 3.3): model, loss, training, scoring.
+"""The scorer Sc(context, query) → one unbounded number (paper section 3.3): model, loss, training, scoring.
 
 A sequence classifier with one output on a base model: LoRA on all linear layers, and a head on the last hidden
-state of the last token that is trained in full. Loss of Bradley and Terry over pairs of a good and a worse question.
+state of the last token that is trained in full. Bradley–Terry loss over pairs of a good and a worse query.
 """
 
+import contextlib
 import dataclasses
 import gc
-import hashlib
-import json
 import math
-import random
-import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,40 +22,47 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from augcon.data import ScorerPair
 from augcon.errors import UserError, one_line
-from augcon.method.pairs import ScorerPair
-from augcon.train import base as training
-from augcon.train import ranks
+from augcon.files import digest, new_folder
+from augcon.progress import bar
+from augcon.train import loop
+from augcon.train.base import Quantization, can_bf16, device, load_base, lora
+from augcon.train.ranks import all_gather, barrier, is_main, rank, world_size
+from augcon.train.scores import KeptScores
 
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
 HELD_OUT = 0.1  # of the pairs, by whole articles
+_WEIGHTS = "adapter_model.safetensors"
 
 Tokens = list[int]
+Text = tuple[str, str]  # a context and a query
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """(context, question) → tokens: the context, an empty line, the question. A context too long is cut, the
-    question stays; of a question that is too long alone its head stays. Unit of ``max_tokens``: tokens.
+class ScorerEncoder:
+    """A context and a query → tokens: the context, an empty line, the query. Unit of ``max_tokens``: tokens.
+
+    A context that is too long is cut and the query stays whole, unless it alone is too long: then its end is cut.
     """
 
     tokenizer: transformers.PreTrainedTokenizerBase
     max_tokens: int
 
-    def __call__(self, texts: Sequence[tuple[str, str]]) -> list[Tokens]:
-        """The tokens of some (context, question); marks of control in the texts are text like any other."""
+    def __call__(self, texts: Sequence[Text]) -> list[Tokens]:
+        """The tokens of some texts; control marks in them are text like any other."""
         if not texts:
             return []
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         contexts = self.tokenizer([context for context, _ in texts], **plain)["input_ids"]
-        questions = self.tokenizer(["\n\n" + question for _, question in texts], **plain)["input_ids"]
+        queries = self.tokenizer(["\n\n" + query for _, query in texts], **plain)["input_ids"]
         whole = self.tokenizer("")["input_ids"]  # of no text: what begins every text of this model, if anything
         first = whole[:1] if whole and whole[0] == self.tokenizer.bos_token_id else []
-        encoded = []
-        for context, question in zip(contexts, questions, strict=True):
-            question = question[: self.max_tokens - len(first)]
-            encoded.append([*first, *context[: self.max_tokens - len(first) - len(question)], *question])
-        return encoded
+        room = self.max_tokens - len(first)
+        return [
+            [*first, *context[: max(0, room - len(query))], *query[:room]]
+            for context, query in zip(contexts, queries, strict=True)
+        ]
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:
         """Rows of tokens as one batch, padded on the right."""
@@ -77,36 +82,35 @@ class _Head(torch.nn.Linear):
 
 
 def load_scorer(
-    base: str, encoder: Encoder, seed: int, saved: Path | None = None, quantize: training.Quantization = "auto"
+    base: str, encoder: ScorerEncoder, seed: int, saved: Path | None = None, quantize: Quantization = "auto"
 ) -> peft.PeftModel:
     """The scorer ``saved`` in a folder, or a new one on ``base`` whose head is random.
 
     Raises UserError when the base cannot be loaded, has no head of the kind wanted, or the folder is damaged.
     """
     transformers.set_seed(seed)  # the head starts random, the same in every process
-    kind = transformers.AutoModelForSequenceClassification
-    model = training.load_base(kind, base, quantize, num_labels=1)
+    model = load_base(transformers.AutoModelForSequenceClassification, base, quantize, num_labels=1)
     if type(getattr(model, "score", None)) is not torch.nn.Linear or model.score.bias is not None:
-        raise UserError(f"model {base!r} ({type(model).__name__}) is no decoder with a scoring head; use another base")
+        raise UserError(f"model {base!r} ({type(model).__name__}) has no scoring head; use a decoder as the base")
     try:
         return make_scorer(model, encoder, saved)
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"the scorer in {saved} cannot be loaded ({one_line(error)}); remove it and train anew"
+            f"the scorer in {saved} cannot be loaded ({one_line(error)}); remove it to train anew"
         ) from error
 
 
-def make_scorer(model: Any, encoder: Encoder, saved: Path | None = None) -> peft.PeftModel:
+def make_scorer(model: Any, encoder: ScorerEncoder, saved: Path | None = None) -> peft.PeftModel:
     """A sequence classifier of Transformers, with the adapter and head ``saved`` or new ones."""
     model.score.__class__ = _Head
     model.config.pad_token_id = encoder.tokenizer.pad_token_id  # where the last token of a row is found
     model.config.use_cache = False
-    scorer = peft.get_peft_model(model, training.lora("SEQ_CLS"), autocast_adapter_dtype=False)
+    scorer = peft.get_peft_model(model, lora("SEQ_CLS"), autocast_adapter_dtype=False)
     for weights in scorer.parameters():
-        if weights.requires_grad:  # as the training keeps them, so that what is saved comes back to the last digit
-            weights.data = weights.data.to(torch.bfloat16 if training.can_bf16() else torch.float32)
+        if weights.requires_grad:  # as training keeps them, so that what is saved is restored to the last digit
+            weights.data = weights.data.to(torch.bfloat16 if can_bf16() else torch.float32)
     if saved is not None:
-        tensors = load_file(saved / "adapter_model.safetensors")
+        tensors = load_file(saved / _WEIGHTS)
         if set(tensors) != set(peft.get_peft_model_state_dict(scorer)):
             raise ValueError("its tensors are not those of this base's adapter")
         peft.set_peft_model_state_dict(scorer, tensors)
@@ -119,26 +123,21 @@ def pair_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(better - worse).mean() + CENTRING * (better + worse).square().mean()
 
 
-def hold_out(pairs: Sequence[ScorerPair], article_of: dict[int, int], seed: int) -> tuple[list[ScorerPair], str]:
-    """About a tenth of the pairs to test on, by whole articles, and in words what they are.
+def hold_out(
+    pairs: Sequence[ScorerPair], article_of: Mapping[int, int], seed: int
+) -> tuple[list[ScorerPair], list[ScorerPair], str]:
+    """The pairs to learn from, about a tenth to test on, by whole articles, and in words what those are.
 
-    Never more than half of the pairs. Where all are of one article, by root context; where all are of one root
-    context, none.
+    Where all are of one article, by root context; where all are of one root context, none is held out.
     """
-    for unit, of in (("article", lambda pair: article_of.get(pair.root, -1)), ("root context", lambda pair: pair.root)):
-        sizes = Counter(map(of, pairs))
-        if len(sizes) < 2:
-            continue
-        held: set[int] = set()
-        number = 0
-        for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
-            if number < HELD_OUT * len(pairs) and number + sizes[group] <= len(pairs) / 2:
-                held.add(group)
-                number += sizes[group]
-        held = held or {min(sizes, key=lambda group: (sizes[group], group))}
-        few = "" if unit == "article" else ", for all are of one article"
-        return [pair for pair in pairs if of(pair) in held], f"{len(held):,} of {len(sizes):,} {unit}s{few}"
-    return [], "none, for all are of one root context"
+    units = {
+        "articles": [article_of.get(pair.root, -1) for pair in pairs],
+        "root contexts, as all are of one article": [pair.root for pair in pairs],
+    }
+    places, words = loop.hold_out(units, HELD_OUT, 0.5, seed)
+    held = set(places)
+    learnt = [pair for place, pair in enumerate(pairs) if place not in held]
+    return learnt, [pairs[place] for place in places], words
 
 
 class _PairTrainer(transformers.Trainer):
@@ -146,89 +145,62 @@ class _PairTrainer(transformers.Trainer):
         return pair_loss(*model(**inputs).logits.squeeze(-1).chunk(2))
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingRules:
-    """How long and how fast the scorer learns; see the settings of the same names."""
-
-    epochs: int = 4
-    batch: int = 4  # pairs per process and step
-    learning_rate: float = 5e-5
-    seed: int = 42
-
-
 def train(
     model: peft.PeftModel,
-    encoder: Encoder,
+    encoder: ScorerEncoder,
     pairs: Sequence[ScorerPair],
-    rules: TrainingRules,
+    rules: loop.TrainingRules,
     checkpoints: Path,
-    made_of: dict[str, Any],
-) -> str:
-    """Trains the scorer in place, all processes together, from the last checkpoint on; returns the figures.
+) -> loop.Speed:
+    """Trains the scorer in place, all processes together, from the last of the ``checkpoints`` on.
 
-    ``made_of`` says what the training is of: checkpoints of another one are not taken up. Raises UserError
-    when it does not fit in memory or its numbers run away.
+    Raises UserError when it does not fit in memory or diverges.
     """
-    columns = {
-        "better": encoder([(pair.context, pair.pos_query) for pair in pairs]),
-        "worse": encoder([(pair.context, pair.neg_query) for pair in pairs]),
-    }
-    columns["length"] = list(map(len, columns["better"]))
-    steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * ranks.processes()))
-    arguments = training.common_arguments(
-        checkpoints,
-        epochs=rules.epochs,
-        batch=rules.batch,
-        learning_rate=rules.learning_rate,
-        steps=steps,
-        seed=rules.seed,
-    )
-    tokens = 0
+    better = encoder([(pair.context, pair.pos_query) for pair in pairs])
+    worse = encoder([(pair.context, pair.neg_query) for pair in pairs])
+    lengths = list(map(len, better))
+    steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
+    last = loop.last_checkpoint(checkpoints)
 
     def collate(rows: list[dict[str, Tokens]]) -> dict[str, torch.Tensor]:
-        nonlocal tokens
-        both = [row[which] for which in ("better", "worse") for row in rows]  # one forward pass for both
-        tokens += sum(map(len, both))
-        return encoder.padded(both)
+        return encoder.padded([row[which] for which in ("better", "worse") for row in rows])  # one forward pass
 
-    last = training.last_checkpoint(checkpoints, made_of)
     trainer = _PairTrainer(
         model,
         transformers.TrainingArguments(
-            **arguments, remove_unused_columns=False, train_sampling_strategy="group_by_length"
+            **loop.training_arguments(checkpoints, rules, steps),
+            remove_unused_columns=False,
+            train_sampling_strategy="group_by_length",
         ),
         data_collator=collate,
-        train_dataset=datasets.Dataset.from_dict(columns),
+        train_dataset=datasets.Dataset.from_dict({"better": better, "worse": worse, "length": lengths}),
     )
-    watch = training.watch(trainer, "scorer")
-    training.run(
+    speed = loop.train(
         trainer,
         last,
+        "scorer",
+        rules.epochs * sum(map(len, better + worse)),
         too_large="lower --scorer-batch",
-        too_fast=f"remove {checkpoints} and lower --scorer-learning-rate {rules.learning_rate}",
+        too_fast=f"lower --scorer-learning-rate {rules.learning_rate} and add --redo",
     )
-    del trainer  # with the optimizer's memory
+    del trainer  # and the optimizer's memory with it
     gc.collect()
     torch.cuda.empty_cache()
     model.eval()
-    return (
-        f"{len(pairs):,} pairs, {watch.steps:,} steps in {watch.seconds:.0f} s"
-        f"{f' from {Path(last).name} on' if last else ''}, "
-        f"{tokens / max(watch.seconds, 1e-9):,.0f} tokens/s a process, {training.peak_memory()}"
-    )
+    return speed
 
 
 @torch.inference_mode()
-def score(model: peft.PeftModel, encoder: Encoder, rows: Sequence[Tokens]) -> list[float]:
-    """The scores of one batch. Raises UserError where they are no numbers, or the batch does not fit in memory."""
+def score(model: peft.PeftModel, encoder: ScorerEncoder, rows: Sequence[Tokens]) -> list[float]:
+    """The scores of one batch. Raises UserError where they are not finite, or the batch does not fit in memory."""
     model.eval()
-    batch = {name: tensor.to(training.device()) for name, tensor in encoder.padded(rows).items()}
+    batch = {name: tensor.to(device()) for name, tensor in encoder.padded(rows).items()}
     try:
-        scores = model(**batch).logits.squeeze(-1).tolist()
+        scores: list[float] = model(**batch).logits.squeeze(-1).tolist()
     except torch.cuda.OutOfMemoryError as error:
         raise UserError("scoring needs more memory than the GPU has; use a smaller --scorer-model") from error
     if not all(map(math.isfinite, scores)):
-        raise UserError("the scorer gives what is no number; remove its folder and train it with a lower learning rate")
+        raise UserError("the scorer's scores are not finite; train it with a lower --scorer-learning-rate and --redo")
     return scores
 
 
@@ -249,50 +221,61 @@ def token_budget() -> int:
     return 16384 if torch.cuda.is_available() else 2048
 
 
-def accuracy(model: peft.PeftModel, encoder: Encoder, pairs: Sequence[ScorerPair]) -> dict[str, float]:
-    """Share of the pairs that are ranked right, a tie counting half: "all", and for each type of negative.
+def accuracy(
+    model: peft.PeftModel, encoder: ScorerEncoder, pairs: Sequence[ScorerPair]
+) -> dict[str, tuple[int, float]]:
+    """How many pairs there are, and the share of them that is ranked right, a tie counting half.
 
-    All processes share the work and get the result.
+    Of "all" pairs, and of each type of negative. All processes share the work and get the result.
     """
-    texts = [text for pair in pairs for text in ((pair.context, pair.pos_query), (pair.context, pair.neg_query))]
-    rows = encoder(texts)
+    rows = encoder([(pair.context, query) for pair in pairs for query in (pair.pos_query, pair.neg_query)])
     work = list(batches(list(map(len, rows)), token_budget()))
     mine = {
         place: value
-        for batch in work[ranks.rank() :: ranks.processes()]
+        for batch in work[rank() :: world_size()]
         for place, value in zip(batch, score(model, encoder, [rows[place] for place in batch]), strict=True)
     }
-    scores = {place: value for part in ranks.gather(mine) for place, value in part.items()}
+    scores = {place: value for part in all_gather(mine) for place, value in part.items()}
     right: defaultdict[str, list[float]] = defaultdict(list)
     for number, pair in enumerate(pairs):
         difference = scores[2 * number] - scores[2 * number + 1]
-        won = 0.5 if difference == 0 else float(difference > 0)
-        right["all"].append(won)
-        right[pair.type].append(won)
-    return {kind: sum(won) / len(won) for kind, won in right.items()}
+        for kind in ("all", pair.type):
+            right[kind].append(0.5 if difference == 0 else float(difference > 0))
+    return {kind: (len(won), sum(won) / len(won)) for kind, won in right.items()}
 
 
-def save(model: peft.PeftModel, folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Saves adapter and head with what is known of them, and returns that with the digest of the weights.
-
-    The folder is there only when it is whole.
-    """
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished, save_embedding_layers=False)
-        weights = hashlib.sha256((unfinished / "adapter_model.safetensors").read_bytes())
-        facts = {"digest": weights.hexdigest()[:16], **facts}
-        (unfinished / "scorer.json").write_text(
-            json.dumps(facts, ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.replace(folder)
-    except OSError as error:
-        raise UserError(f"the scorer cannot be saved to {folder}: {one_line(error)}") from error
-    return facts
+def plan(kept: KeptScores, encoder: ScorerEncoder, texts: Mapping[str, Text]) -> list[int]:
+    """Puts the texts (by key) that are in no batch yet into batches; returns the numbers of those to be scored."""
+    kept.read()
+    planned = {name for batch in kept.plan for name in batch}
+    new = [name for name in texts if name not in planned]
+    lengths = list(map(len, encoder([texts[name] for name in new])))
+    kept.add_to_plan([[new[place] for place in batch] for batch in batches(lengths, token_budget())])
+    return [n for n, batch in enumerate(kept.plan) if any(name in texts and name not in kept.scores for name in batch)]
 
 
-def digest(*parts: Any) -> str:
-    """A short digest of anything that JSON can say."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+def score_planned(
+    model: peft.PeftModel, encoder: ScorerEncoder, kept: KeptScores, texts: Mapping[str, Text], numbers: Sequence[int]
+) -> str:
+    """Scores batches of the plan, shared by all processes, keeping each as it comes; returns the figures in words."""
+    kept.read()
+    total = sum(len(kept.plan[number]) for number in numbers)
+    tokens, started = 0, time.monotonic()
+    with bar(total, "scores", "queries") if is_main() else contextlib.nullcontext() as progress:
+        for number in numbers[rank() :: world_size()]:
+            # A query of an older queries.json has no text any more; an empty one keeps its place.
+            rows = encoder([texts.get(name, ("", "")) for name in kept.plan[number]])
+            kept.keep(rank(), number, score(model, encoder, rows))
+            tokens += sum(map(len, rows))
+            if progress is not None:
+                progress.update(min(len(rows) * world_size(), progress.total - progress.n))
+    seconds = max(time.monotonic() - started, 1e-9)
+    barrier()
+    return f"{total:,} queries in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s per process, {loop.peak_memory()}"
+
+
+def save(model: peft.PeftModel, folder: Path) -> str:
+    """Saves adapter and head; returns a digest of the weights. Raises UserError when the folder cannot be written."""
+    with new_folder(folder) as unfinished:
+        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+    return digest((folder / _WEIGHTS).read_bytes())

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,47 +10,62 @@ import datasets
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
-from trl import SFTConfig, SFTTrainer, pack_dataset
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.data_utils import pack_dataset
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from augcon.errors import UserError
-from augcon.train import base as training
-from augcon.train import ranks
-from augcon.train.chat import Example
+from augcon.train import loop
+from augcon.train.base import Quantization, can_bf16, load_base, lora, weight_files
+from augcon.train.chat import TrainingExample
+from augcon.train.ranks import world_size
 
-# Of the largest logit: what rounding in 16 bits may change when nothing leaks. A leak changes far more.
+_ENOUGH_GROUPS = 20  # to hold out whole ones: with fewer, one would be too large a part of the data
+# Of the largest logit: the change that rounding to 16 bits may make where nothing leaks. A leak changes far more.
 _ROUNDING = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
-class TuningRules:
-    """How long and how fast the model learns; see the settings of the same names."""
-
-    epochs: int = 4
-    batch: int = 4  # pairs per process and step
-    learning_rate: float = 5e-5
-    seed: int = 42
-
-
-@dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What came out of it: the Trainer's log history, and the figures of this run, in words too."""
+    """The outcome: the model, the Trainer's log history, how the pairs were packed in words, and the speed."""
 
+    model: PeftModel
     log: list[dict[str, Any]]
-    tokens_per_second: float  # of one process
     packing: str
-    speed: str
+    speed: loop.Speed
 
 
-def load_model(base: Path, quantize: training.Quantization, name: str, seed: int) -> PeftModel:
-    """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained."""
-    if getattr(transformers.AutoConfig.from_pretrained(base), "quantization_config", None):
-        raise UserError(f"model {name!r} is quantised on disk, and no adapter can be merged; use what it was made from")
+def hold_out(number: int, share: float, units: Mapping[str, Sequence[int | None]], seed: int) -> tuple[list[int], str]:
+    """Which of ``number`` pairs are held out, about ``share`` of them, and in words how they were chosen.
+
+    By whole articles, else by whole root contexts, where ``units`` has those of all pairs and there are many: questions
+    about one text have much in common.
+    """
+    if not share:
+        return [], "none"
+    many = {
+        unit: [group for group in groups if group is not None]
+        for unit, groups in units.items()
+        if len(groups) == number and None not in groups and len(set(groups)) >= _ENOUGH_GROUPS
+    }
+    single = {"single pairs, as their texts are few or not known": range(number)}
+    return loop.hold_out({**many, **single}, share, share, seed)
+
+
+def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
+    """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained or merged."""
+    if weight_files(folder)[0].suffix != ".safetensors":
+        raise UserError(f"model {name!r} has its weights as .bin only; save it as safetensors first")
+    if getattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config", None):
+        raise UserError(
+            f"model {name!r} is quantised on disk, and no adapter can be merged into it; use the model that it was "
+            "made from"
+        )
     transformers.set_seed(seed)  # the adapter starts random
-    model = training.load_base(transformers.AutoModelForCausalLM, str(base), quantize)
+    model = load_base(transformers.AutoModelForCausalLM, str(folder), quantize)
     model.config.use_cache = False
-    tuned = get_peft_model(model, training.lora("CAUSAL_LM"))
-    config = tuned.peft_config["default"]
+    tuned = get_peft_model(model, lora("CAUSAL_LM"))
+    config: Any = tuned.peft_config["default"]
     if config.target_parameters:  # merge.py would refuse the adapter after hours of training
         raise UserError(
             f"model {name!r} keeps the layers of its experts in one piece, and an adapter on those cannot be merged; "
@@ -63,65 +78,54 @@ def load_model(base: Path, quantize: training.Quantization, name: str, seed: int
 def tune(
     model: PeftModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    held_out: Sequence[Example],
-    rules: TuningRules,
+    examples: Sequence[TrainingExample],
+    held_out: Sequence[TrainingExample],
+    rules: loop.TrainingRules,
     checkpoints: Path,
-    made_of: dict[str, Any],
 ) -> Tuned:
-    """Trains the adapter in place, all processes together, from the last checkpoint on.
+    """Trains the adapter in place, all processes together, from the last of the ``checkpoints`` on.
 
-    ``made_of`` says what the training is of: checkpoints of another one are not taken up. Raises UserError
-    when it does not fit in memory or its numbers run away.
+    Raises UserError when it does not fit in memory or diverges.
     """
     datasets.disable_progress_bars()
-    apart = stays_apart(model)
     lengths = [len(example.input_ids) for example in examples]
     # As long as the pairs of one step are together on average: the same number of tokens in every step.
     length = max(2, math.ceil(rules.batch * sum(lengths) / len(lengths)))
-    packed = pack(examples, length, rules.seed) if apart else as_dataset(examples)
-    batch = 1 if apart else rules.batch
-    steps_an_epoch = math.ceil(len(packed) / (batch * ranks.processes()))
-    last = training.last_checkpoint(checkpoints, made_of)
-    arguments = training.common_arguments(
-        checkpoints,
-        epochs=rules.epochs,
-        batch=batch,
-        learning_rate=rules.learning_rate,
-        steps=rules.epochs * steps_an_epoch,
-        seed=rules.seed,
-    )
-    arguments |= {"max_length": max(length, *lengths), "packing": apart, "eval_on_start": bool(held_out) and not last}
-    trainer = _trainer(model, tokenizer, packed, held_out, arguments)
-    watch = training.watch(trainer, "fine-tuning")
-    training.run(
+    packed = stays_apart(model)
+    if packed:
+        rows, batch = pack(examples, length, rules.seed), 1
+        room = sum(max(length, sum(parts)) for parts in rows["seq_lengths"])
+        packing = (
+            f"{len(examples):,} pairs in {len(rows):,} packs of at most {length:,} tokens, longer pairs alone, "
+            f"{sum(lengths) / room:.0%} full"
+        )
+    else:
+        rows, batch = as_dataset(examples), rules.batch
+        packing = f"none, {batch} pairs side by side, as this model's attention does not keep packed pairs apart"
+    steps = rules.epochs * math.ceil(len(rows) / (batch * world_size()))
+    last = loop.last_checkpoint(checkpoints)
+    arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=batch), steps) | {
+        "max_length": max(length, *lengths),
+        "packing": packed,
+        "eval_on_start": bool(held_out) and not last,
+    }
+    trainer = _trainer(model, tokenizer, rows, held_out, arguments)
+    speed = loop.train(
         trainer,
         last,
+        "fine-tuning",
+        rules.epochs * sum(lengths),
         too_large="lower --max-tokens or --batch, or use --quantize nf4",
-        too_fast=f"remove {checkpoints} and lower --learning-rate {rules.learning_rate}",
+        too_fast=f"lower --learning-rate {rules.learning_rate} and add --redo",
     )
-    tokens_per_second = sum(lengths) * watch.steps / steps_an_epoch / ranks.processes() / max(watch.seconds, 1e-9)
-    return Tuned(
-        log=trainer.state.log_history,
-        tokens_per_second=tokens_per_second,
-        packing=(
-            f"{len(examples):,} pairs in {len(packed):,} packs of at most {length:,} tokens, longer pairs alone, "
-            f"{sum(lengths) / sum(max(length, sum(parts)) for parts in packed['seq_lengths']):.0%} full"
-            if apart
-            else f"none, {rules.batch} pairs side by side, for this model's attention looks across packs"
-        ),
-        speed=(
-            f"{watch.steps:,} steps in {watch.seconds:.0f} s{f' from {Path(last).name} on' if last else ''}, "
-            f"{tokens_per_second:,.0f} tokens/s a process, {training.peak_memory()}"
-        ),
-    )
+    return Tuned(model, trainer.state.log_history, packing, speed)
 
 
 def _trainer(
     model: PeftModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    packed: datasets.Dataset,
-    held_out: Sequence[Example],
+    rows: datasets.Dataset,
+    held_out: Sequence[TrainingExample],
     arguments: dict[str, Any],
 ) -> SFTTrainer:
     trainer = SFTTrainer(
@@ -134,19 +138,19 @@ def _trainer(
             prediction_loss_only=True,
             eval_strategy="epoch" if held_out else "no",
         ),
-        train_dataset=packed,
+        train_dataset=rows,
         eval_dataset=as_dataset(held_out) if held_out else None,
         processing_class=tokenizer,
     )
-    if not training.can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
+    if not can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
         for weights in model.parameters():
             weights.data = weights.data.float() if weights.requires_grad else weights.data
     return trainer
 
 
-def pack(examples: Sequence[Example], room: int, seed: int) -> datasets.Dataset:
-    """Examples in packs of at most ``room`` tokens. A longer one is a pack alone: were all packs as long as the longest
-    example, a step would learn from many more pairs than it should.
+def pack(examples: Sequence[TrainingExample], room: int, seed: int) -> datasets.Dataset:
+    """Examples in packs of at most ``room`` tokens. A longer example is a pack of its own: if all packs were as long as
+    the longest example, a step would learn from many more pairs than it should.
     """
     packs = []
     if short := [example for example in examples if len(example.input_ids) <= room]:
@@ -156,7 +160,7 @@ def pack(examples: Sequence[Example], room: int, seed: int) -> datasets.Dataset:
     return datasets.concatenate_datasets([part.cast(packs[-1].features) for part in packs])
 
 
-def as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
+def as_dataset(examples: Sequence[TrainingExample]) -> datasets.Dataset:
     """Examples as SFTTrainer wants them, in their order."""
     return datasets.Dataset.from_dict(
         {"input_ids": [row.input_ids for row in examples], "labels": [row.labels for row in examples]}
@@ -165,9 +169,9 @@ def as_dataset(examples: Sequence[Example]) -> datasets.Dataset:
 
 @torch.no_grad()
 def stays_apart(model: torch.nn.Module) -> bool:
-    """Whether an example in a pack is blind to its neighbour: with another neighbour, its logits are the same.
+    """Whether an example in a pack does not see its neighbour: with another neighbour, its logits are the same.
 
-    Transformers keeps packs apart by their positions, which start anew, and not every model takes part in that.
+    Transformers keeps packed examples apart by their positions, which start anew; not every model supports that.
     """
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     where = next(model.parameters()).device
@@ -190,18 +194,17 @@ def draw_losses(log: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = [(row["step"], row["loss"]) for row in log if "loss" in row]
-    held_out = [(row["step"], row["eval_loss"]) for row in log if "eval_loss" in row]
     last = max((row["step"] for row in log), default=0)
     epochs = round(max((row["epoch"] for row in log), default=0))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for epoch in range(1, epochs + 1):
         axes.axvline(epoch * last / epochs, color="0.85", linewidth=1, zorder=0)
-    axes.plot(*zip(*trained, strict=True), label="training") if trained else None
-    axes.plot(*zip(*held_out, strict=True), "o-", label="held out") if held_out else None
+    for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "held out")):
+        if drawn := [(row["step"], row[name]) for row in log if name in row]:
+            axes.plot(*zip(*drawn, strict=True), style, label=label)
+            axes.legend()
     axes.set(xlabel=f"step (vertical lines: ends of the {epochs} epochs)", ylabel="loss, nats per token")
     axes.set_ylim(bottom=0)
-    axes.legend() if trained or held_out else None
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)

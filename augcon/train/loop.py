@@ -1,0 +1,178 @@
+"""The loop that both trainings share: rules, held-out items, arguments, progress, checkpoints, figures."""
+
+import dataclasses
+import random
+import resource
+import shutil
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from augcon.errors import UserError
+from augcon.progress import bar
+from augcon.train.base import can_bf16
+from augcon.train.ranks import barrier, is_main, on_main, world_size
+
+DEEPSPEED = Path(__file__).parent.parent.parent / "deepspeed.json"
+_WHOLE = "whole"  # a file in a checkpoint that all processes have written their part of
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRules:
+    """How long and how fast a model learns; see the settings of the same names."""
+
+    epochs: int = 4
+    batch: int = 4  # pairs per process and step
+    learning_rate: float = 5e-5
+    seed: int = 42
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """The speed of a run: tokens per second of one process, and all its figures in words."""
+
+    tokens_per_second: float
+    words: str
+
+
+def hold_out(units: Mapping[str, Sequence[int]], share: float, most: float, seed: int) -> tuple[list[int], str]:
+    """The places of about ``share`` of the items, which are held out in whole groups, and in words which those are.
+
+    ``units`` has the group of every item for each way to group them, by its name, the best first; the first with two
+    groups or more is used. No more than ``most`` (a share, too) is held out, but at least the smallest group.
+    """
+    for unit, groups in units.items():
+        sizes = Counter(groups)
+        if len(sizes) < 2:
+            continue
+        held: set[int] = set()
+        number = 0
+        for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
+            if number < share * len(groups) and number + sizes[group] <= max(1, most * len(groups)):
+                held.add(group)
+                number += sizes[group]
+        held = held or {min(sizes, key=lambda group: (sizes[group], group))}
+        return [place for place, group in enumerate(groups) if group in held], f"{len(held):,} of {len(sizes):,} {unit}"
+    return [], "none"
+
+
+def training_arguments(output: Path, rules: TrainingRules, steps: int) -> dict[str, Any]:
+    """Arguments for TrainingArguments or a subclass of it; ``steps`` is their number in the whole training."""
+    return {
+        "output_dir": str(output),
+        "num_train_epochs": rules.epochs,
+        "per_device_train_batch_size": rules.batch,
+        "learning_rate": rules.learning_rate,
+        "warmup_steps": min(50, steps // 10),  # 50 (paper 4.1), except in a short training
+        "weight_decay": 0.01,
+        "bf16": can_bf16(),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": torch.cuda.is_available(),  # saves memory, of which a CPU has enough
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "deepspeed": str(DEEPSPEED),
+        "save_strategy": "epoch",
+        "save_total_limit": 2,
+        "logging_steps": max(1, min(10, steps // 20)),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "log_level": "error",
+        "seed": rules.seed,
+    }
+
+
+class _Progress(transformers.TrainerCallback):
+    """The progress of a Trainer in AugCon's own bar; marks each checkpoint once all processes have written it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.bar: Any = None
+        self.started = self.seconds = 0.0
+        self.steps = self.all_steps = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.monotonic()
+        self.steps, self.all_steps = -state.global_step, state.max_steps
+        if is_main():
+            self.bar = bar(state.max_steps, self.what, "steps")
+            self.bar.update(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if self.bar is not None and "loss" in logs:
+            self.bar.set_postfix_str(f"epoch {logs['epoch']:.1f}, loss {float(logs['loss']):.3f}", refresh=False)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        barrier()
+        if is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds = time.monotonic() - self.started
+        self.steps += state.global_step
+        if self.bar is not None:
+            self.bar.close()
+
+
+def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: str, too_fast: str) -> Speed:
+    """Trains, from the checkpoint ``last`` on if there is one. ``tokens`` is their number in the whole training.
+
+    Raises UserError, with what to do, when the training does not fit in memory or diverges.
+    """
+    trainer.remove_callback(transformers.PrinterCallback)
+    watch = _Progress(what)
+    trainer.add_callback(watch)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    except torch.cuda.OutOfMemoryError as error:
+        raise UserError(f"the training needs more memory than the GPU has; {too_large}") from error
+    if not all(weights.isfinite().all() for weights in trainer.model.parameters() if weights.requires_grad):
+        raise UserError(f"the training diverged: weights are no longer finite; {too_fast}")
+    done = tokens * watch.steps / max(watch.all_steps, 1) / world_size()
+    speed = done / max(watch.seconds, 1e-9)
+    resumed = f" from {Path(last).name} on" if last else ""
+    steps = f"{watch.steps:,} steps in {watch.seconds:.0f} s{resumed}"
+    return Speed(speed, f"{steps}, {speed:,.0f} tokens/s per process, {peak_memory()}")
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint in ``folder``, if any; those that are not whole are removed.
+
+    Raises UserError when another number of processes has written it: each of them keeps its part of the optimizer.
+    """
+    return on_main(lambda: _last_checkpoint(folder))
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    whole = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _WHOLE).exists():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    if not whole:
+        return None
+    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
+    writers = len(list(last.glob("global_step*/*_optim_states.pt")))  # DeepSpeed writes one for each process
+    if writers != world_size():
+        raise UserError(
+            f"the training in {folder} was begun by {writers} processes, and this run has {world_size()}; use "
+            f"--num_gpus {writers}, or remove that folder to train anew"
+        )
+    return str(last)
+
+
+def peak_memory() -> str:
+    """The most memory that this process has used, in words."""
+    if torch.cuda.is_available():
+        return f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    return f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB per process (no GPU)"
