@@ -280,7 +280,7 @@ def load_settings(doc: str, *groups: str) -> Settings:
         source = CliSettingsSource[Any](
             Settings, cli_parse_args=flags, root_parser=parser, add_argument_method=parser.add_setting
         )
-        return Settings(_cli_settings_source=source)
+        return Settings(_cli_settings_source=source)  # type: ignore[call-arg]
     except ValidationError as error:
         raise UserError("; ".join(map(_format_problem, error.errors()))) from error
     except SettingsError as error:

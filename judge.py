@@ -9,6 +9,7 @@ says for each question whose answer is better. Writes into results/: judge.jsonl
 
 import asyncio
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -128,10 +129,12 @@ def write_judgement(settings: Settings, results: Results, model: str, judged: Ju
         words = ", ".join(f"{score} {mean}" for score, mean in means[name].items()) or "none"
         print(f"grades:  {name}: {words}; {graded:,} of {len(of):,} answers graded")
     if judged.better:
-        won = Counter(verdict or "undecided" for verdict in judged.verdicts)
-        summary["better"] = {name: won[name] for name in (*judged.grades, "neither", "undecided")}
-        print("better:  " + ", ".join(f"{name} {won[name]:,}" for name in (*judged.grades, "neither", "undecided")))
-    reasons = Counter(each for of in (*judged.grades.values(), judged.better) for each in of if isinstance(each, str))
+        verdicts = Counter(verdict or "undecided" for verdict in judged.verdicts)
+        won: dict[str, int] = {name: verdicts[name] for name in (*judged.grades, "neither", "undecided")}
+        summary["better"] = won
+        print("better:  " + ", ".join(f"{name} {number:,}" for name, number in won.items()))
+    outcomes = itertools.chain(judged.better, *judged.grades.values())
+    reasons = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
     if reasons:
         print(f"lost:    {format_counts(reasons)}")
     drawn = {name: of["satisfaction"] for name, of in means.items() if of}

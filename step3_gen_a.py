@@ -64,7 +64,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     examples = read_examples(settings.qa_examples)
     languages = Counter(prompts_for(query.text, settings.language).language for query in queries)
     print(
-        f"queries: {len(queries):,} to answer ({format_counts(languages)}); {len(examples)} examples written by people"
+        f"queries: {len(queries):,} to answer ({format_counts(Counter[str](languages))}); {len(examples)} examples written by people"
     )
     searches = {
         of: plan_search(examples, of, settings.examples_shown, settings.candidates, settings.seed)
@@ -129,7 +129,10 @@ def write_data(settings: Settings, results: Results, queries: list[Query], answe
         results.dropped_queries, (dropped_row(query, answer) for query, answer in answered if answer.text is None)
     )
     write_lines(results.sft_origins, origins(settings, results, kept))
-    columns = {"question": [query.text for query, _ in kept], "answer": [answer.text for _, answer in kept]}
+    columns: dict[str, list[str | None]] = {
+        "question": [query.text for query, _ in kept],
+        "answer": [answer.text for _, answer in kept],
+    }
     write_dataset(results.sft_data, columns)
     if not kept:
         reasons = format_counts(Counter(answer.reason for answer in answers))

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -87,14 +86,14 @@ def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
 def read_json(path: Path, shape: type[Shape], made_by: str) -> Shape:
     """A JSON file as ``shape``. Raises UserError, with the script that makes it, when it is missing or damaged."""
     try:
-        return _adapter(shape).validate_json(path.read_bytes())
+        return TypeAdapter(shape).validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise _unreadable(path, error, made_by) from error
 
 
 def read_lines(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
     """The rows of a JSON Lines file as ``shape``; raises as ``read_json``."""
-    rows = _adapter(shape)
+    rows = TypeAdapter(shape)
     try:
         with path.open("rb") as lines:
             yield from map(rows.validate_json, lines)
@@ -111,15 +110,10 @@ def read_dataset(path: Path, shape: type[Shape], made_by: str) -> list[Shape]:
         dataset = datasets.load_from_disk(path)
         if missing := [name for name in names if name not in dataset.column_names]:
             raise ValueError(f"it has no column {', '.join(missing)}")
-        rows = _adapter(shape)
+        rows = TypeAdapter(shape)
         return [rows.validate_python(row) for row in dataset.select_columns(names).to_list()]
     except Exception as error:  # the library raises many kinds
         raise _unreadable(path, error, made_by) from error
-
-
-@functools.cache
-def _adapter(shape: type[Shape]) -> TypeAdapter[Shape]:
-    return TypeAdapter(shape)
 
 
 def _unreadable(path: Path, error: Exception, made_by: str) -> UserError:

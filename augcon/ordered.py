@@ -34,7 +34,7 @@ async def map_in_order(
                 begun.append((item, task))
             if not begun:
                 return
-            await asyncio.wait([begun[0][1], failed], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({begun[0][1], failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
             if failed.done():
                 raise failed.result()
             item, task = begun.popleft()

@@ -81,9 +81,9 @@ def needed(step: int, results: Results) -> bool:
         return True
     if step == 1:  # step 2 sends root contexts back, round by round
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
-        return len(rounds) > finished["refills"]
+        return len(rounds) > int(finished["refills"])
     read = results.queries if step == 2 else results.filtered_queries
-    return bool(finished["queries"] != digest(read.read_bytes()))
+    return not read.exists() or digest(read.read_bytes()) != finished["queries"]
 
 
 if __name__ == "__main__":

@@ -1,58 +1,21 @@
-"""Which step augcon.sh runs next, and who serves."""
+"""What augcon.sh asks: who serves, what is refused at once, and which step has something to do."""
 
-import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
+from augcon.demo.engine import MODEL
 from augcon.errors import UserError
-from augcon.run.plan import check_and_plan, next_step, way
+from augcon.files import digest
+from augcon.plan import DEMO_MODEL, check, needed, way
+from augcon.run.results import Results
 from config import Settings, load_settings
 
-Facts = dict[str, int] | None
-
-
-@pytest.mark.parametrize(
-    ("one", "two", "three", "step"),
-    [
-        (None, None, None, "1"),
-        ({"refills": 0}, None, None, "2"),
-        ({"refills": 0}, {"refills": 0, "ordered": 0}, None, "3"),
-        ({"refills": 0}, {"refills": 0, "ordered": 0}, {"refills": 0}, "done"),
-        ({"refills": 0}, {"refills": 0, "ordered": 1}, None, "1"),
-        ({"refills": 1}, {"refills": 0, "ordered": 1}, None, "2"),
-        ({"refills": 1}, {"refills": 1, "ordered": 1}, None, "3"),
-        ({"refills": 1}, {"refills": 1, "ordered": 1}, {"refills": 0}, "3"),  # answers from before the refill
-        ({"refills": 1}, {"refills": 1, "ordered": 2}, {"refills": 1}, "1"),  # --max-refills was raised
-        (None, {"refills": 0, "ordered": 0}, {"refills": 0}, "1"),  # queries.json was removed
-        ({"refills": 0}, None, {"refills": 0}, "2"),
-    ],
-)
-def test_the_next_step(one: Facts, two: Facts, three: Facts, step: str):
-    assert next_step({1: one, 2: two, 3: three}) == step
-
-
-def test_a_step_whose_file_was_removed_is_to_be_run_again(tmp_path: Path, settings: Callable[..., Settings]):
-    facts = {"step 1": {"refills": 0}, "step 2": {"refills": 0, "ordered": 0}}
-    facts["step 3"] = {"refills": 0, "queries": hashlib.sha256(b"{}").hexdigest()[:16]}
-    (tmp_path / "finished.json").write_text(json.dumps(facts))
-    for step, name in (("1", "queries.json"), ("2", "filtered_queries.json"), ("3", "sft_data")):
-        assert check_and_plan(settings("--results", tmp_path)) == step
-        (tmp_path / name).write_text("{}")
-    assert check_and_plan(settings("--results", tmp_path)) == "done"
-    (tmp_path / "filtered_queries.json").write_text("{} ")  # step 2 has kept others since
-    assert check_and_plan(settings("--results", tmp_path)) == "3"
-
-
-def test_inputs_that_cannot_be_read_are_told_before_anything_is_run(tmp_path: Path, settings: Callable[..., Settings]):
-    with pytest.raises(UserError, match="no such corpus"):
-        check_and_plan(settings("--results", tmp_path, "--corpus", "no such corpus.jsonl"))
-    with pytest.raises(UserError, match="no such examples"):
-        check_and_plan(settings("--results", tmp_path, "--qa-examples", "no such examples.jsonl"))
+MADE = {"step 1": "queries.json", "scorer": "scorer", "step 2": "filtered_queries.json", "step 3": "sft_data"}
 
 
 @pytest.fixture
@@ -84,32 +47,122 @@ def test_who_serves_and_what_scores(settings: Callable[..., Settings]):
     assert way(settings(AUGCON_API_BASE=server, AUGCON_SCORER_MODEL="m"), 0) == "given own 0 results"
 
 
-def test_results_of_other_settings_are_refused(tmp_path: Path, settings: Callable[..., Settings]):
-    results = ["--results", tmp_path]
-    record = {"min_length": 20, "content of the corpus as cut": "other", "model served": "augcon-demo-not-an-llm"}
-    (tmp_path / "settings.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="content of the corpus as cut has changed"):
-        check_and_plan(settings("--demo", *results))
-    with pytest.raises(UserError, match="min_length was 20 and is now 21"):
-        check_and_plan(settings("--demo", *results, "--min-length", 21))
-    del record["content of the corpus as cut"]
-    record |= {"scorer_epochs": 9, "answer_temperature": 1.0}
-    (tmp_path / "settings.json").write_text(json.dumps(record))
-    assert check_and_plan(settings("--demo", *results)) == "1"  # steps that came to nothing bind nobody
-    (tmp_path / "scorer").mkdir()
-    with pytest.raises(UserError, match="scorer_epochs was 9 and is now 4"):
-        check_and_plan(settings("--demo", *results))
-    (tmp_path / "sft_data").mkdir()
-    with pytest.raises(UserError, match=r"answer_temperature was 1\.0 and is now 0\.2"):
-        check_and_plan(settings("--demo", *results))
-    (tmp_path / "sft_data").rmdir()
-    (tmp_path / "scorer").rmdir()
-    record = {name: record[name] for name in ("min_length", "model served")}
-    (tmp_path / "settings.json").write_text(json.dumps(record))
-    assert check_and_plan(settings("--demo", *results)) == "1"
-    assert check_and_plan(settings("--api-base", "http://127.0.0.1:1/v1", *results)) == "1"
-    with pytest.raises(UserError, match=r"augcon-demo-not-an-llm.*--results"):  # else rules would pass for an LLM's
-        check_and_plan(settings(*results))
-    (tmp_path / "settings.json").write_text(json.dumps({**record, "model served": "real"}))
-    with pytest.raises(UserError, match=r"'real'.*--results"):
-        check_and_plan(settings("--demo", *results))
+# Which step has something to do
+
+
+def steps_needed(results: Results) -> list[int]:
+    return [step for step in (1, 2, 3) if needed(step, results)]
+
+
+def finish(results: Results, stage: str, **facts: object) -> None:
+    results.record.begin(stage, {}, [], redo=False)
+    results.record.finish(stage, **facts)
+
+
+@pytest.fixture
+def done(tmp_path: Path) -> Results:
+    """Results in which all steps have come to their end."""
+    results = Results(tmp_path)
+    for path in (results.queries, results.filtered_queries):
+        path.write_text("{}")
+    results.sft_data.mkdir()
+    finish(results, "step 1", refills=0)
+    finish(results, "step 2", queries=digest(b"{}"))
+    finish(results, "step 3", queries=digest(b"{}"))
+    return results
+
+
+def test_all_steps_are_needed_at_first_and_none_at_last(tmp_path: Path, done: Results):
+    assert steps_needed(Results(tmp_path / "new")) == [1, 2, 3]
+    assert steps_needed(done) == []
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_step_that_was_begun_again_or_whose_file_is_gone_is_needed(done: Results, step: int):
+    done.record.begin(f"step {step}", {}, [], redo=False)
+    assert steps_needed(done) == [step]
+    finish(done, f"step {step}", refills=0, queries=digest(b"{}"))
+    assert steps_needed(done) == []
+    path = done.made(f"step {step}")[0]
+    path.rename(path.with_name("gone"))
+    assert step in steps_needed(done)
+
+
+def test_a_step_whose_input_has_changed_is_needed(done: Results):
+    done.queries.write_text('{"0": []}')
+    assert steps_needed(done) == [2]
+    done.filtered_queries.write_text('{"0": []}')
+    assert steps_needed(done) == [2, 3]
+
+
+def test_step_1_is_needed_while_step_2_has_sent_roots_back(done: Results):
+    done.refills.write_text("[[0, 3]]")
+    assert steps_needed(done) == [1]
+    finish(done, "step 1", refills=1)
+    assert steps_needed(done) == []  # until it has written other queries
+
+
+# What is refused at once
+
+
+def test_inputs_that_cannot_be_read_are_refused_before_anything_is_run(
+    tmp_path: Path, settings: Callable[..., Settings]
+):
+    with pytest.raises(UserError, match="no such corpus"):
+        check(settings("--results", tmp_path, "--corpus", "no such corpus.jsonl"), 0)
+    with pytest.raises(UserError, match="no such examples"):
+        check(settings("--results", tmp_path, "--qa-examples", "no such examples.jsonl"), 0)
+
+
+@pytest.fixture
+def whole(tmp_path: Path, settings: Callable[..., Settings]) -> Path:
+    """Results of the demonstration with the default settings, as far as the record goes."""
+    results, default = Results(tmp_path / "whole"), settings("--demo")
+    results.folder.mkdir()
+    for stage, name in MADE.items():
+        inputs = {**default.inputs(stage), **({} if stage == "scorer" else {"model served": MODEL})}
+        results.record.begin(stage, inputs, [], redo=False)
+        results.record.finish(stage, queries=digest(b"{}"), refills=0)
+        (results.folder / name).write_text("{}")
+    return results.folder
+
+
+def outdated(folder: Path) -> set[str]:
+    return {name for name, stage in json.loads((folder / "run.json").read_text()).items() if stage["outdated"]}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "lost"),
+    [
+        (["--min-length", "21"], "min_length was 20 and is now 21", MADE),
+        (["--seed", "1"], "seed was 42 and is now 1", MADE),
+        (["--scorer-epochs", "9"], "scorer_epochs was 4 and is now 9", ["scorer", "step 2", "step 3"]),
+        (["--sweep-threshold", "0"], "sweep_threshold was 0.9 and is now 0.0", ["step 2", "step 3"]),
+        (["--answer-temperature", "1"], "answer_temperature was 0.2 and is now 1.0", ["step 3"]),
+        (["--no-demo", "--model", "m"], f"model served was '{MODEL}' and is now 'm'", MADE),
+    ],
+)
+def test_other_settings_are_refused_with_what_would_be_lost_and_redo_makes_that_again_alone(
+    whole: Path, settings: Callable[..., Settings], flags: list[str], said: str, lost: Iterable[str]
+):
+    check(settings("--demo", "--results", whole), 0)
+    other = settings("--results", whole, *([] if "--no-demo" in flags else ["--demo"]), *flags)
+    with pytest.raises(UserError) as refused:
+        check(other, 0)
+    assert said in str(refused.value) and "--redo" in str(refused.value)
+    assert str(refused.value).partition("--redo to replace ")[2].split(", ") == [MADE[stage] for stage in lost]
+    assert not outdated(whole)
+    check(other.model_copy(update={"redo": True}), 0)
+    assert outdated(whole) == set(lost)
+    assert steps_needed(Results(whole)) == [step for step in (1, 2, 3) if f"step {step}" in lost]
+
+
+def test_settings_of_steps_that_made_nothing_may_change(whole: Path, settings: Callable[..., Settings]):
+    (whole / "sft_data").unlink()
+    check(settings("--demo", "--results", whole, "--answer-temperature", 1), 0)
+    assert outdated(whole) == {"step 3"}
+
+
+def test_a_given_server_says_itself_which_model_it_has(whole: Path, settings: Callable[..., Settings]):
+    check(settings("--api-base", "http://127.0.0.1:1/v1", "--results", whole), 0)
+    assert not outdated(whole) and DEMO_MODEL == MODEL

@@ -3,15 +3,14 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
+from augcon.data import Fate
 from augcon.text.units import words
-
-Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
 
 
 def rouge_l_precision(candidate: Sequence[str], reference: Sequence[str]) -> float:
@@ -30,8 +29,8 @@ def _cut(query: str) -> str:
     return "".join(map(_CHARACTERS.__getitem__, words(query)))
 
 
-def _shared(query: str, others: Sequence[str]) -> np.ndarray:
-    """LCS of a cut query with each of some others."""
+def _shared(query: str, others: Sequence[str]) -> Any:
+    """LCS of a cut query with each of some others, as an array."""
     return process.cdist([query], others, scorer=LCSseq.similarity, dtype=np.int32)[0]
 
 
@@ -120,6 +119,7 @@ def rank_and_filter(
             kept.append(place)
         else:
             fates[place] = "alike"
-    for place in kept if sweep else ():
-        sweep.add(queries[place])
+    if sweep:
+        for place in kept:
+            sweep.add(queries[place])
     return kept, fates

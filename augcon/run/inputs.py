@@ -4,7 +4,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from augcon.data import Example, RootContext
 from augcon.errors import UserError
@@ -42,12 +42,12 @@ def corpus_path(corpus: str) -> str:
     return str(bundled) if corpus == bundled.name else corpus
 
 
-def prompts_for(text: str, chosen: str) -> Prompts:
+def prompts_for(text: str, chosen: Literal["auto"] | Language) -> Prompts:
     """The prompts in the language of a text, unless the language setting names one."""
-    return load_prompts(language(text) if chosen == "auto" else chosen)  # type: ignore[arg-type]
+    return load_prompts(language(text) if chosen == "auto" else chosen)
 
 
-def tree_inputs(settings: Inputs, roots: Sequence[RootContext], chosen: str) -> dict[str, Any]:
+def tree_inputs(settings: Inputs, roots: Sequence[RootContext], chosen: Literal["auto"] | Language) -> dict[str, Any]:
     """What step 1 is made with, as far as it is known before a server answers."""
     languages = {prompts_for(root.text, chosen).language for root in roots}
     prompts = {f"content of the prompts ({of})": load_prompts(of).cst_digest() for of in sorted(languages)}

@@ -2,7 +2,7 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from augcon.data import Answer
 from augcon.llm.client import LLM
@@ -11,9 +11,9 @@ from augcon.method.tree import Grown
 from augcon.text.units import length
 
 
-def format_counts(counts: Mapping[str, int]) -> str:
+def format_counts(counts: Counter[str]) -> str:
     """Counts in words, the largest first; of many, the first eight."""
-    words = [f"{name} {number:,}" for name, number in Counter(counts).most_common()]
+    words = [f"{name} {number:,}" for name, number in counts.most_common()]
     return ", ".join(words[:8] + [f"and {len(words) - 8:,} more"] * (len(words) > 8))
 
 
@@ -99,7 +99,7 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
 
 def print_calls(llm: LLM, seconds: float) -> None:
     """Prints the figures of the client."""
-    retries = {kind: number for kind, number in llm.counts.items() if kind.startswith("retries")}
+    retries = Counter({kind: number for kind, number in llm.counts.items() if kind.startswith("retries")})
     calls = llm.counts["calls"]
     print(
         f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the "
