@@ -676,7 +676,7 @@ def test_who_shares_a_call_outlives_the_first_asker(store: Store):
 
 
 def test_the_store_being_full_ends_the_run_with_one_line(store: Store, monkeypatch: pytest.MonkeyPatch):
-    async def full(key: bytes, reply: str) -> None:
+    def full(key: bytes, reply: str) -> None:
         raise UserError("the store is full")
 
     async def main() -> None:

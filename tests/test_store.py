@@ -1,12 +1,9 @@
 """The store of replies: what was put is there, whatever happens next; trouble is one line."""
 
-import asyncio
 import signal
 import sqlite3
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,7 +36,7 @@ def key(number: int) -> bytes:
 def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """Code that uses a store, in a process of its own."""
     head = (
-        "import asyncio, os, resource, signal, sys\nfrom pathlib import Path\n"
+        "import os, resource, signal, sys\nfrom pathlib import Path\n"
         "from augcon.errors import UserError\nfrom augcon.llm.store import Store\n"
     )
     command = [sys.executable, "-c", head + code, *map(str, arguments)]
@@ -50,15 +47,12 @@ def run(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_get_sees_what_was_put_and_nothing_else(store: Store):
-    async def main() -> None:
-        for number, text in enumerate(EXAMPLES):
-            assert store.get(key(number)) is None
-            await store.put(key(number), text)
-            assert store.get(key(number)) == text
-        await store.put(key(0), "another")
-        assert store.get(key(0)) == "another"
-
-    asyncio.run(asyncio.wait_for(main(), 10))
+    for number, text in enumerate(EXAMPLES):
+        assert store.get(key(number)) is None
+        store.put(key(number), text)
+        assert store.get(key(number)) == text
+    store.put(key(0), "another")
+    assert store.get(key(0)) == "another"
 
 
 def test_any_text_comes_back_as_it_was_also_after_reopening(path: Path):
@@ -69,12 +63,9 @@ def test_any_text_comes_back_as_it_was_also_after_reopening(path: Path):
     @given(st.lists(st.text(max_size=50), max_size=20))
     def holds(texts: list[str]) -> None:
         kept = {key(next(numbers)): text for text in texts}
-
-        async def put_all(store: Store) -> None:
-            await asyncio.wait_for(asyncio.gather(*(store.put(*item) for item in kept.items())), 10)
-
         with Store(path) as store:
-            asyncio.run(put_all(store))
+            for item in kept.items():
+                store.put(*item)
         with Store(path) as store:
             assert {key: store.get(key) for key in kept} == kept
 
@@ -83,13 +74,13 @@ def test_any_text_comes_back_as_it_was_also_after_reopening(path: Path):
 
 def test_a_reply_of_20_million_characters_is_kept(store: Store):
     text = "长" * 20_000_000
-    asyncio.run(store.put(key(1), text))
+    store.put(key(1), text)
     assert store.get(key(1)) == text
 
 
 def test_replies_can_be_read_with_any_sqlite_tool(path: Path):
     with Store(path) as store:
-        asyncio.run(store.put(key(1), "黄河"))
+        store.put(key(1), "黄河")
     connection = sqlite3.connect(path)
     assert connection.execute("SELECT reply, typeof(reply) FROM replies").fetchall() == [("黄河", "text")]
     connection.close()
@@ -98,90 +89,14 @@ def test_replies_can_be_read_with_any_sqlite_tool(path: Path):
 @pytest.mark.parametrize("puts", [1, 300])
 def test_what_put_returned_for_survives_a_kill(path: Path, puts: int):
     code = """
-async def main():
-    await asyncio.gather(*(store.put(n.to_bytes(32), str(n)) for n in range(int(sys.argv[2]))))
-    os.kill(os.getpid(), signal.SIGKILL)
 with Store(Path(sys.argv[1])) as store:
-    asyncio.run(main())
+    for n in range(int(sys.argv[2])):
+        store.put(n.to_bytes(32), str(n))
+    os.kill(os.getpid(), signal.SIGKILL)
 """
     assert run(code, path, puts).returncode == -signal.SIGKILL
     with Store(path) as store:
         assert [store.get(key(n)) for n in range(puts)] == [str(n) for n in range(puts)]
-
-
-# Group commit
-
-
-def test_thousands_of_puts_at_once_share_their_commits(store: Store):
-    commits = []
-    store._writer.set_trace_callback(lambda statement: commits.append(statement) if statement == "COMMIT" else None)
-
-    async def main() -> None:
-        await asyncio.gather(*(store.put(key(n), "reply " * 100) for n in range(5000)))
-
-    started = time.monotonic()
-    asyncio.run(main())
-    assert time.monotonic() - started < 2
-    assert 1 <= len(commits) <= 50
-    assert store.get(key(4999))
-
-
-# Closing
-
-
-def test_closing_commits_what_is_pending_and_its_callers_learn_of_it(path: Path):
-    async def main() -> None:
-        with Store(path) as store:
-            pending = [asyncio.ensure_future(store.put(key(n), str(n))) for n in range(3000)]
-            await asyncio.sleep(0)  # they begin
-        await asyncio.wait_for(asyncio.gather(*pending), 10)
-
-    asyncio.run(main())
-    with Store(path) as store:
-        assert [store.get(key(n)) for n in range(3000)] == [str(n) for n in range(3000)]
-    assert not [thread for thread in threading.enumerate() if thread.name == "store"]
-
-
-def test_a_put_after_closing_fails_rather_than_waits_for_ever(path: Path):
-    with Store(path) as store:
-        pass
-    with pytest.raises(RuntimeError, match="closed"):
-        asyncio.run(asyncio.wait_for(store.put(key(1), "x"), 5))
-
-
-def test_a_cancelled_put_disturbs_no_other(store: Store):
-    async def main() -> None:
-        puts = [asyncio.ensure_future(store.put(key(n), str(n))) for n in range(100)]
-        await asyncio.sleep(0)
-        for put in puts[::2]:
-            put.cancel()
-        outcomes = await asyncio.wait_for(asyncio.gather(*puts, return_exceptions=True), 10)
-        assert outcomes[1::2] == [None] * 50
-        await asyncio.wait_for(store.put(key(1000), "still works"), 10)
-
-    asyncio.run(main())
-    assert store.get(key(1000)) and store.get(key(99)) == "99"
-
-
-def test_a_store_serves_one_event_loop_after_another(store: Store, path: Path):
-    """Also when one commit holds what a closed loop has left and what the next loop waits for."""
-
-    async def leave() -> None:
-        left = []
-        for n in range(10):
-            left.append(asyncio.ensure_future(store.put(key(n), "left")))
-            await asyncio.sleep(0.01)
-
-    async def come() -> None:
-        await asyncio.wait_for(asyncio.gather(*(store.put(key(100 + n), "came") for n in range(10))), 10)
-
-    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")  # no commit can end
-    asyncio.run(leave())
-    threading.Timer(0.2, other.execute, ["ROLLBACK"]).start()
-    asyncio.run(come())
-    other.close()
-    assert store.get(key(109)) == "came" and store.get(key(9)) == "left"
 
 
 # Trouble
@@ -202,7 +117,7 @@ def test_what_is_no_store_is_one_line_for_the_user(path: Path, spoil: str):
 
     def use() -> None:
         with Store(path) as store:
-            asyncio.run(asyncio.wait_for(store.put(key(1), "x"), 10))
+            store.put(key(1), "x")
 
     with pytest.raises(UserError) as caught:
         use()
@@ -213,7 +128,7 @@ def test_what_is_no_store_is_one_line_for_the_user(path: Path, spoil: str):
 
 def test_a_damaged_store_is_one_line_on_reading_too(path: Path):
     with Store(path) as store:
-        asyncio.run(store.put(key(1), "x" * 100_000))
+        store.put(key(1), "x" * 100_000)
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xff" * (len(content) - 4096)
     path.write_bytes(content)
@@ -227,7 +142,7 @@ folder = Path(sys.argv[1])
 path = folder / "replies.sqlite"
 if sys.argv[2] == "old":
     with Store(path) as store:
-        asyncio.run(store.put(b"1", "earlier"))
+        store.put(b"1", "earlier")
     path.chmod(0o444)
 folder.chmod(0o555)
 os.chdir(folder)
@@ -235,7 +150,7 @@ if os.getuid() == 0:
     os.setuid(65534)  # root may write anywhere
 try:
     with Store(Path(path.name)) as store:
-        asyncio.run(store.put(b"2", "later"))
+        store.put(b"2", "later")
 except UserError as error:
     print(error)
 """
@@ -253,20 +168,20 @@ except UserError as error:
 
 def test_a_full_disk_is_one_line_keeps_what_was_there_and_the_store_recovers(path: Path):
     code = """
-async def main():
-    await store.put(b"1", "earlier")
+with Store(Path(sys.argv[1])) as store:
+    store.put(b"1", "earlier")
     free = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, free[1]))  # as a full disk does, writes fail
-    texts = [b"big%d" % n for n in range(5)]
-    outcomes = await asyncio.wait_for(
-        asyncio.gather(*(store.put(key, "x" * 1_000_000) for key in texts), return_exceptions=True), 20)
-    assert all(isinstance(outcome, UserError) for outcome in outcomes), outcomes
-    print(outcomes[0])
-    assert store.get(b"1") == "earlier" and store.get(texts[0]) is None
+    for n in range(5):
+        try:
+            store.put(b"big%d" % n, "x" * 1_000_000)
+            sys.exit("it was written")
+        except UserError as error:
+            message = error
+    print(message)
+    assert store.get(b"1") == "earlier" and store.get(b"big0") is None
     resource.setrlimit(resource.RLIMIT_FSIZE, free)
-    await asyncio.wait_for(store.put(b"2", "later"), 20)
-with Store(Path(sys.argv[1])) as store:
-    asyncio.run(main())
+    store.put(b"2", "later")
 """
     done = run(code, path)
     assert done.returncode == 0, done.stderr
@@ -276,7 +191,7 @@ with Store(Path(sys.argv[1])) as store:
 
 
 def test_another_process_may_write_the_same_store(store: Store, path: Path):
-    code = "with Store(Path(sys.argv[1])) as store: asyncio.run(store.put(b'theirs', 'x'))"
-    asyncio.run(store.put(b"ours", "x"))
+    code = "with Store(Path(sys.argv[1])) as store: store.put(b'theirs', 'x')"
+    store.put(b"ours", "x")
     assert run(code, path).returncode == 0
     assert store.get(b"theirs") == store.get(b"ours") == "x"

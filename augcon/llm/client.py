@@ -140,7 +140,7 @@ class LLM:
             self.in_flight += 1
             try:
                 reply = await _Attempts(self, body).reply()
-                await self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
+                self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
             finally:
                 self.in_flight -= 1
         return reply
