@@ -45,10 +45,10 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The pairs, the places of those held out, the base, and the inputs as they are recorded."""
+    """The pairs to learn from and those held out, the base, and all inputs as they are recorded."""
 
-    pairs: list[Pair]
-    held_out: list[int]
+    learnt: list[Pair]
+    held_out: list[Pair]
     held_out_words: str
     base: Path
     trained_with: TrainedWith
@@ -83,19 +83,18 @@ def read_inputs(settings: Settings) -> Inputs:
         quantize="nf4" if training.quantization(settings.quantize) else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
-    units = origins_of(pairs, results)
-    held_out, words = sft.hold_out(len(pairs), settings.held_out, units, settings.seed)
+    learnt, held_out, words = sft.hold_out(pairs, settings.held_out, origins_of(pairs, results), settings.seed)
     made_with = {
         **settings.inputs(STAGE),
         "seed": settings.seed,
         **trained_with.inputs(),
         "content of the base model's tokenizer and settings": training.companions_digest(base),
-        "content of the pairs": digest([[pair.question, pair.answer] for pair in pairs]),
-        "content of the held-out pairs": digest(held_out),
+        "content of the pairs": digest([dataclasses.astuple(pair) for pair in pairs]),
+        "content of the held-out pairs": digest([dataclasses.astuple(pair) for pair in held_out]),
     }
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
     print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({words}); {settings.model} {form}")
-    return Inputs(pairs, held_out, words, base, trained_with, made_with)
+    return Inputs(learnt, held_out, words, base, trained_with, made_with)
 
 
 def read_data(settings: Settings, results: Results) -> list[Pair]:
@@ -139,9 +138,7 @@ def is_done(settings: Settings, output: Results, inputs: Inputs) -> bool:
 def train(settings: Settings, output: Results, inputs: Inputs) -> None:
     """Trains the adapter and saves it."""
     tokenizer = training.load_tokenizer(str(inputs.base))
-    encoder, warning = load_encoder(tokenizer, inputs.base, settings.max_tokens)
-    if warning:
-        print_main(f"note:    {warning}")
+    encoder = load_encoder(tokenizer, inputs.base, settings.max_tokens)
     examples, held_out = encode(encoder, inputs)
     model = sft.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
     tuned = sft.tune(model, tokenizer, examples, held_out, pick(TrainingRules, settings), output.checkpoints)
@@ -150,16 +147,16 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
 
 def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """The examples to train on and those held out. Raises UserError when there is nothing to train on."""
-    encoded = [encoder(pair) for pair in inputs.pairs]
-    held = set(inputs.held_out)
-    examples = [example for place, example in enumerate(encoded) if example and place not in held]
-    held_out = [example for place, example in enumerate(encoded) if example and place in held]
+    examples, held_out = (
+        [example for pair in pairs if (example := encoder(pair))] for pairs in (inputs.learnt, inputs.held_out)
+    )
     if not examples:
         raise UserError(
             f"no pair is left to train on: {encoder.max_tokens} tokens leave no room for an answer; raise --max-tokens"
         )
     lengths = [len(example.input_ids) for example in examples + held_out]
-    cut, lost = sum(example.cut for example in examples + held_out), encoded.count(None)
+    cut = sum(example.cut for example in examples + held_out)
+    lost = len(inputs.learnt) + len(inputs.held_out) - len(lengths)
     left_out = f"; {lost:,} pairs left out, as their questions alone are as long" if lost else ""
     print_main(
         f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} per pair, longest {max(lengths):,}; "
@@ -173,7 +170,7 @@ def save(output: Results, inputs: Inputs, tuned: sft.Tuned) -> None:
     losses = [row["loss"] for row in tuned.log if "loss" in row]
     held_out = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
     facts = {
-        "pairs": len(inputs.pairs),
+        "pairs": len(inputs.learnt) + len(inputs.held_out),
         "held_out": inputs.held_out_words,
         "loss": losses[-1] if losses else None,
         "held_out_loss": held_out[-1] if held_out else None,

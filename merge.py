@@ -33,10 +33,12 @@ def main() -> None:
     folder = Path(settings.lora) if settings.lora else Results(settings.results).lora
     if not folder.exists():
         raise UserError(f"there is no {folder}; run finetune.py first, or name an adapter with --lora")
-    results = Results(trained_in(folder))
+    run = run_of_checkpoint(folder)
+    results = Results(run or folder.parent)
     with contextlib.nullcontext() if settings.lora and settings.output else results.held():
         adapter = read_adapter(folder)
-        known = record_of(folder)
+        record = Record(run or folder).stages().get("finetune")
+        known = TrainedWith.from_inputs(record.made_with) if record else None
         name = settings.base or (known.base if known else adapter.base) or settings.model
         base = model_folder(name)
         trained = trained_over(adapter, known, base, settings.quantize)
@@ -53,21 +55,11 @@ def main() -> None:
         print(f"next:    {serve_command(settings, output)}")
 
 
-def is_checkpoint(adapter: Path) -> bool:
-    """Whether the adapter is one that finetune.py left in ckpts."""
-    path = adapter.resolve()
-    return path.parent.name == "ckpts" and path.name.startswith("checkpoint-")
-
-
-def trained_in(adapter: Path) -> Path:
-    """The folder that finetune.py wrote to: the one with LoRA or, for ckpts/checkpoint-N, the one with ckpts."""
-    return adapter.absolute().parent.parent if is_checkpoint(adapter) else adapter.parent
-
-
-def record_of(adapter: Path) -> TrainedWith | None:
-    """How an adapter was trained: from the record in its folder or, for ckpts/checkpoint-N, in the one with ckpts."""
-    trained = Record(trained_in(adapter) if is_checkpoint(adapter) else adapter).stages().get("finetune")
-    return TrainedWith.from_inputs(trained.made_with) if trained else None
+def run_of_checkpoint(adapter: Path) -> Path | None:
+    """The folder that finetune.py wrote to, if the adapter is one of its checkpoints, ckpts/checkpoint-N."""
+    path = adapter.absolute()
+    is_checkpoint = path.parent.name == "ckpts" and path.name.startswith("checkpoint-")
+    return path.parent.parent if is_checkpoint else None
 
 
 def is_done(output: Path, inputs: dict[str, str]) -> bool:

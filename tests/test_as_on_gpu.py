@@ -53,7 +53,7 @@ rows = encoder([(pair.context, pair.pos_query) for pair in pairs[:3]])
 again = scorer.load_scorer(str(base), encoder, 2, folder / "saved", "nf4")
 said["scores"] = [scorer.score(which, encoder, rows) for which in (model, again)]
 
-encode, _ = load_encoder(tokenizer, base, 512)
+encode = load_encoder(tokenizer, base, 512)
 examples = [encode(Pair(question, answer * (20 if n == 3 else 1 + n % 3))) for n in range(16)]
 model = tuning.load_model(base, "nf4", "tiny", 1)
 tuned = tuning.tune(model, tokenizer, examples[2:], examples[:2], rules, folder / "c")

@@ -135,25 +135,25 @@ def base_with(folder: Path, **generation: object) -> Path:
     return folder
 
 
-def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path):
+def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     tokenizer = make_tokenizer(LLAMA_3, "</s>")  # as Gemma: turns end with another token than texts do
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
-    encoder, warning = load_encoder(tokenizer, base_with(tmp_path, eos_token_id=[2, eot]), 1000)
-    assert encoder(PAIR).input_ids[-1] == eot and not warning
+    encoder = load_encoder(tokenizer, base_with(tmp_path, eos_token_id=[2, eot]), 1000)
+    assert encoder(PAIR).input_ids[-1] == eot and not capsys.readouterr().out
 
 
 def test_no_pair_is_longer_than_the_model_can_hold(tmp_path: Path):
     transformers.LlamaConfig(vocab_size=600, max_position_embeddings=40).save_pretrained(tmp_path)
-    encoder, _ = load_encoder(make_tokenizer(CHATML), tmp_path, 1000)
+    encoder = load_encoder(make_tokenizer(CHATML), tmp_path, 1000)
     assert len(encoder(Pair(QUESTION, ANSWER * 9)).input_ids) == 40
-    assert load_encoder(make_tokenizer(CHATML), tmp_path, 30)[0].max_tokens == 30
+    assert load_encoder(make_tokenizer(CHATML), tmp_path, 30).max_tokens == 30
 
 
-def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path):
+def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
-    encoder, warning = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
+    encoder = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
     assert encoder(PAIR).input_ids[-1] == encoder.tokenizer.eos_token_id
-    assert "starts an answer differently" in warning
+    assert "starts an answer differently" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -281,30 +281,37 @@ def groups_of(sizes: list[int]) -> list[int]:
     return [group for group, size in enumerate(sizes) for _ in range(size)]
 
 
+def held_out_of(number: int, units: dict[str, list[int | None]], share: float = 0.05, seed: int = 1) -> tuple:
+    """The places of the pairs held out, and how they were chosen."""
+    pairs = [Pair(str(place), "") for place in range(number)]
+    learnt, held, words = tuning.hold_out(pairs, share, units, seed)
+    assert sorted(learnt + held, key=lambda pair: int(pair.question)) == pairs
+    return [int(pair.question) for pair in held], words
+
+
 def test_whole_articles_are_held_out_where_there_are_many():
     articles = groups_of([random.Random(n).randint(1, 9) for n in range(200)])
-    held, words = tuning.hold_out(len(articles), 0.05, {"articles": articles}, seed=1)
+    held, words = held_out_of(len(articles), {"articles": articles})
     chosen = {articles[place] for place in held}
     assert 0.03 * len(articles) < len(held) <= 0.05 * len(articles) and f"{len(chosen)} of 200 articles" in words
     assert all((article in chosen) == (place in held) for place, article in enumerate(articles))
-    again, other = (tuning.hold_out(len(articles), 0.05, {"articles": articles}, seed=seed)[0] for seed in (1, 2))
+    again, other = (held_out_of(len(articles), {"articles": articles}, seed=seed)[0] for seed in (1, 2))
     assert again == held != other
 
 
 def test_few_articles_are_not_held_out_whole():
     units = {"articles": [n % 3 for n in range(600)], "root contexts": [n % 30 for n in range(600)]}
-    held, words = tuning.hold_out(600, 0.05, units, seed=1)
+    held, words = held_out_of(600, units)
     assert len(held) == 20 and "1 of 30 root contexts" in words
-    assert "single pairs" in tuning.hold_out(600, 0.05, {"articles": groups_of([300, 300])}, seed=1)[1]
-    assert len(tuning.hold_out(600, 0.05, {}, seed=1)[0]) == 30
-    assert "single pairs" in tuning.hold_out(100, 0.05, {"articles": [None] * 100}, seed=1)[1]
-    one_large = {"articles": groups_of([100] + [1] * 19)}
-    assert len(tuning.hold_out(119, 0.05, one_large, seed=1)[0]) < 20  # never the one that is most of it
+    assert "single pairs" in held_out_of(600, {"articles": groups_of([300, 300])})[1]
+    assert len(held_out_of(600, {})[0]) == 30
+    assert "single pairs" in held_out_of(100, {"articles": [None] * 100})[1]
+    assert len(held_out_of(119, {"articles": groups_of([100] + [1] * 19)})[0]) < 20  # never the one that is most of it
 
 
 def test_of_few_pairs_one_is_held_out_and_of_one_none():
-    assert len(tuning.hold_out(2, 0.05, {}, seed=1)[0]) == 1
-    assert tuning.hold_out(1, 0.05, {}, seed=1)[0] == [] and tuning.hold_out(9, 0, {}, seed=1)[0] == []
+    assert len(held_out_of(2, {})[0]) == 1
+    assert held_out_of(1, {})[0] == [] and held_out_of(9, {}, share=0)[0] == []
 
 
 def test_the_picture_is_drawn_of_any_log(tmp_path: Path):

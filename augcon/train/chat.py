@@ -9,6 +9,7 @@ import transformers
 
 from augcon.data import Message, Pair
 from augcon.errors import UserError, one_line
+from augcon.train.ranks import print_main
 
 IGNORED = -100  # the label of a token that carries no loss
 
@@ -63,10 +64,8 @@ def _rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Me
     return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
 
 
-def load_encoder(
-    tokenizer: transformers.PreTrainedTokenizerBase, base: Path, max_tokens: int
-) -> tuple[ChatEncoder, str]:
-    """The encoder for a base model's tokenizer, for no more tokens than the model can hold; and a warning, or "".
+def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, max_tokens: int) -> ChatEncoder:
+    """The encoder for a base model's tokenizer, for no more tokens than the model can hold.
 
     Raises UserError when the tokenizer has no chat template, or one that cannot hold a question and an answer.
     """
@@ -84,11 +83,10 @@ def load_encoder(
         raise UserError(f"the chat template in {base} fails on a question and its answer: {one_line(error)}") from error
     if pair.question not in prompt or pair.answer not in whole:
         raise UserError(f"the chat template in {base} leaves out the question or the answer; use another one")
-    warning = ""
     if not whole.startswith(prompt):
-        warning = (
-            "the chat template starts an answer differently when it asks for one and when it contains one; training "
-            "follows the latter"
+        print_main(
+            "note:    the chat template starts an answer differently when it asks for one and when it contains one; "
+            "training follows the latter"
         )
     config = transformers.AutoConfig.from_pretrained(base).get_text_config()
     ends = [tokenizer.eos_token_id]
@@ -98,7 +96,7 @@ def load_encoder(
     if not known:
         raise UserError(f"neither the tokenizer nor the model in {base} has an end token; set eos_token")
     positions = getattr(config, "max_position_embeddings", None) or max_tokens
-    return ChatEncoder(tokenizer, known, min(max_tokens, positions)), warning
+    return ChatEncoder(tokenizer, known, min(max_tokens, positions))
 
 
 def _stops_of_generation(base: Path) -> int | list[int] | None:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -16,8 +16,9 @@ import transformers
 from augcon.errors import UserError
 from augcon.progress import bar
 from augcon.train.base import can_bf16
-from augcon.train.ranks import barrier, is_main, on_main, world_size
+from augcon.train.ranks import barrier, is_main, world_size
 
+Item = TypeVar("Item")
 DEEPSPEED = Path(__file__).parent.parent.parent / "deepspeed.json"
 _WHOLE = "whole"  # a file in a checkpoint that all processes have written their part of
 
@@ -40,8 +41,10 @@ class Speed:
     words: str
 
 
-def hold_out(units: Mapping[str, Sequence[int]], share: float, most: float, seed: int) -> tuple[list[int], str]:
-    """The places of about ``share`` of the items, which are held out in whole groups, and in words which those are.
+def hold_out(
+    items: Sequence[Item], units: Mapping[str, Sequence[int]], share: float, most: float, seed: int
+) -> tuple[list[Item], list[Item], str]:
+    """The items to learn from, about ``share`` of them held out in whole groups, and in words which groups those are.
 
     ``units`` has the group of every item for each way to group them, by its name, the best first; the first with two
     groups or more is used. No more than ``most`` (a share, too) is held out, but at least the smallest group.
@@ -53,12 +56,15 @@ def hold_out(units: Mapping[str, Sequence[int]], share: float, most: float, seed
         held: set[int] = set()
         number = 0
         for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
-            if number < share * len(groups) and number + sizes[group] <= max(1, most * len(groups)):
+            if number < share * len(items) and number + sizes[group] <= max(1, most * len(items)):
                 held.add(group)
                 number += sizes[group]
         held = held or {min(sizes, key=lambda group: (sizes[group], group))}
-        return [place for place, group in enumerate(groups) if group in held], f"{len(held):,} of {len(sizes):,} {unit}"
-    return [], "none"
+        parts: tuple[list[Item], list[Item]] = [], []
+        for item, group in zip(items, groups, strict=True):
+            parts[group in held].append(item)
+        return *parts, f"{len(held):,} of {len(sizes):,} {unit}"
+    return list(items), [], "none"
 
 
 def training_arguments(output: Path, rules: TrainingRules, steps: int) -> dict[str, Any]:
@@ -103,12 +109,12 @@ class _Progress(transformers.TrainerCallback):
             self.bar.update(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.bar is not None:
+        if self.bar:
             self.bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
-        if self.bar is not None and "loss" in logs:
+        if self.bar and "loss" in logs:
             self.bar.set_postfix_str(f"epoch {logs['epoch']:.1f}, loss {float(logs['loss']):.3f}", refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -119,7 +125,7 @@ class _Progress(transformers.TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds = time.monotonic() - self.started
         self.steps += state.global_step
-        if self.bar is not None:
+        if self.bar:
             self.bar.close()
 
 
@@ -149,10 +155,6 @@ def last_checkpoint(folder: Path) -> str | None:
 
     Raises UserError when another number of processes has written it: each of them keeps its part of the optimizer.
     """
-    return on_main(lambda: _last_checkpoint(folder))
-
-
-def _last_checkpoint(folder: Path) -> str | None:
     whole = []
     for path in folder.glob("checkpoint-*"):
         if (path / _WHOLE).exists():

@@ -40,7 +40,6 @@ def merge(
     """
     shards = read_shards(base)
     quantized = _check_fit(adapter, base, shards, trained.quantize)
-    left = set(adapter.factors)
     for shard in shards:
         merged = {}
         for name, tensor in _tensors(base / shard):
@@ -49,7 +48,6 @@ def merge(
                 seen = _seen_in_training(tensor, module in quantized, getattr(torch, trained.dtype), device)
                 if module in adapter.factors:
                     seen += adapter.change(module, device)
-                    left.remove(module)
                 tensor = seen.to(tensor.dtype).cpu()
                 if not tensor.isfinite().all():
                     raise UserError(f"merging {module} gives numbers that are not finite; the adapter is damaged")
@@ -60,8 +58,6 @@ def merge(
         except SafetensorError as error:
             raise UserError(f"cannot write {output / shard}: {one_line(error)}") from error
         del merged
-    if left:
-        raise UserError(f"{len(left)} layers of the adapter were not used, {min(left)} for one")
     _copy_companions(adapter, base, output)
     return len(quantized), len(shards)
 

@@ -47,20 +47,10 @@ def print_main(text: str) -> None:
         print(text, flush=True)
 
 
-def barrier() -> None:
-    """Returns once every process has come here."""
-    if world_size() == 1:
-        return
-    import torch.distributed as dist
-
-    dist.barrier(group=waiting_group())
-
-
 def on_main(work: Callable[[], Result]) -> Result:
     """Runs ``work`` in the first process and returns its result in all of them; so with a UserError that it raises."""
     if world_size() == 1:
         return work()
-    import torch
     import torch.distributed as dist
 
     outcome: list[Any] = [None, None]  # result, error
@@ -69,7 +59,7 @@ def on_main(work: Callable[[], Result]) -> Result:
             outcome[0] = work()
         except UserError as error:
             outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=waiting_group(), device=torch.device("cpu"))
+    dist.broadcast_object_list(outcome, src=0, group=waiting_group())
     if outcome[1] is not None:
         raise UserError(outcome[1])
     return cast(Result, outcome[0])
@@ -84,6 +74,11 @@ def all_gather(mine: Result) -> list[Result]:
     everyone: list[Any] = [None] * world_size()
     dist.all_gather_object(everyone, mine, group=waiting_group())
     return everyone
+
+
+def barrier() -> None:
+    """Returns once every process has come here."""
+    all_gather(None)
 
 
 def report_once(main: Callable[[], None]) -> Callable[[], None]:

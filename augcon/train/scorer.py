@@ -28,7 +28,7 @@ from augcon.files import digest, new_folder
 from augcon.progress import bar
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, device, load_base, lora
-from augcon.train.ranks import all_gather, barrier, is_main, rank, world_size
+from augcon.train.ranks import all_gather, barrier, is_main, on_main, rank, world_size
 from augcon.train.scores import KeptScores
 
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
@@ -66,12 +66,7 @@ class ScorerEncoder:
 
     def padded(self, rows: Sequence[Tokens]) -> dict[str, torch.Tensor]:
         """Rows of tokens as one batch, padded on the right."""
-        longest = max(map(len, rows))
-        pad = self.tokenizer.pad_token_id
-        return {
-            "input_ids": torch.tensor([row + [pad] * (longest - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
-        }
+        return dict(self.tokenizer.pad({"input_ids": list(rows)}, return_tensors="pt", verbose=False))
 
 
 class _Head(torch.nn.Linear):
@@ -134,10 +129,7 @@ def hold_out(
         "articles": [article_of.get(pair.root, -1) for pair in pairs],
         "root contexts, as all are of one article": [pair.root for pair in pairs],
     }
-    places, words = loop.hold_out(units, HELD_OUT, 0.5, seed)
-    held = set(places)
-    learnt = [pair for place, pair in enumerate(pairs) if place not in held]
-    return learnt, [pairs[place] for place in places], words
+    return loop.hold_out(pairs, units, HELD_OUT, 0.5, seed)
 
 
 class _PairTrainer(transformers.Trainer):
@@ -160,7 +152,7 @@ def train(
     worse = encoder([(pair.context, pair.neg_query) for pair in pairs])
     lengths = list(map(len, better))
     steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
-    last = loop.last_checkpoint(checkpoints)
+    last = on_main(lambda: loop.last_checkpoint(checkpoints))
 
     def collate(rows: list[dict[str, Tokens]]) -> dict[str, torch.Tensor]:
         return encoder.padded([row[which] for which in ("better", "worse") for row in rows])  # one forward pass

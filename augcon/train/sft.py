@@ -14,11 +14,12 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from augcon.data import Pair
 from augcon.errors import UserError
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, load_base, lora, weight_files
 from augcon.train.chat import TrainingExample
-from augcon.train.ranks import world_size
+from augcon.train.ranks import on_main, world_size
 
 _ENOUGH_GROUPS = 20  # to hold out whole ones: with fewer, one would be too large a part of the data
 # Of the largest logit: the change that rounding to 16 bits may make where nothing leaks. A leak changes far more.
@@ -35,21 +36,23 @@ class Tuned:
     speed: loop.Speed
 
 
-def hold_out(number: int, share: float, units: Mapping[str, Sequence[int | None]], seed: int) -> tuple[list[int], str]:
-    """Which of ``number`` pairs are held out, about ``share`` of them, and in words how they were chosen.
+def hold_out(
+    pairs: Sequence[Pair], share: float, units: Mapping[str, Sequence[int | None]], seed: int
+) -> tuple[list[Pair], list[Pair], str]:
+    """The pairs to learn from, about ``share`` of them held out, and in words how those were chosen.
 
     By whole articles, else by whole root contexts, where ``units`` has those of all pairs and there are many: questions
     about one text have much in common.
     """
     if not share:
-        return [], "none"
-    many = {
+        return list(pairs), [], "none"
+    enough: dict[str, Sequence[int]] = {
         unit: [group for group in groups if group is not None]
         for unit, groups in units.items()
-        if len(groups) == number and None not in groups and len(set(groups)) >= _ENOUGH_GROUPS
+        if None not in groups and len(set(groups)) >= _ENOUGH_GROUPS
     }
-    single = {"single pairs, as their texts are few or not known": range(number)}
-    return loop.hold_out({**many, **single}, share, share, seed)
+    enough["single pairs, as their texts are few or not known"] = range(len(pairs))
+    return loop.hold_out(pairs, enough, share, share, seed)
 
 
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
@@ -103,7 +106,7 @@ def tune(
         rows, batch = as_dataset(examples), rules.batch
         packing = f"none, {batch} pairs side by side, as this model's attention does not keep packed pairs apart"
     steps = rules.epochs * math.ceil(len(rows) / (batch * world_size()))
-    last = loop.last_checkpoint(checkpoints)
+    last = on_main(lambda: loop.last_checkpoint(checkpoints))
     arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=batch), steps) | {
         "max_length": max(length, *lengths),
         "packing": packed,
@@ -174,15 +177,11 @@ def stays_apart(model: torch.nn.Module) -> bool:
     Transformers keeps packed examples apart by their positions, which start anew; not every model supports that.
     """
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    where = next(model.parameters()).device
     behind = []
     for neighbour in ([5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]):
         batch = collate([{"input_ids": neighbour}, {"input_ids": [17, 18, 19, 20, 21, 22]}])
-        inputs = {
-            name: value.to(where) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-            if name != "labels"
-        }
+        del batch["labels"]
+        inputs = transformers.BatchEncoding(batch).to(next(model.parameters()).device)
         behind.append(model(**inputs, use_cache=False).logits[0, 6:].float())
     return float((behind[0] - behind[1]).abs().max()) <= _ROUNDING * float(behind[0].abs().max())
 
