@@ -95,7 +95,10 @@ while true; do
 done
 step 3 answers make_answers
 
-next=(deepspeed "$home/finetune.py" "${settings[@]}")
+next=(deepspeed "$home/finetune.py")
+for setting in "$@"; do
+    if [ "$setting" != --redo ]; then next+=("$setting"); fi # agreed to already, and only for the steps above
+done
 if [ "$server" = demo ]; then next+=(--model "$results/tiny_model" --epochs 1); fi
 echo
 echo "The SFT data is in $results/sft_data. To fine-tune a model on it:"
