@@ -9,10 +9,11 @@ says for each question whose answer is better. Writes into results/: judge.jsonl
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from augcon.data import Grades, Pair, Reply, Request
@@ -40,10 +41,17 @@ class Judgement:
     grades: dict[str, list[Grades | str]]
     better: list[int | str]
 
-    @property
+    @functools.cached_property
     def verdicts(self) -> list[str | None]:
         """The folder with the better answer to each question, or "neither"; None where it is not known."""
         return [[*self.grades, "neither"][place] if isinstance(place, int) else None for place in self.better]
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        """The lines of judge.jsonl."""
+        for n, question in enumerate(self.questions):
+            graded = {name: of[n] for name, of in self.grades.items()}
+            grades = {name: dataclasses.asdict(of) if isinstance(of, Grades) else None for name, of in graded.items()}
+            yield {"question": question, "grades": grades} | ({"better": self.verdicts[n]} if self.better else {})
 
 
 @stage
@@ -113,13 +121,7 @@ async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence
 
 def write_judgement(settings: Settings, results: Results, model: str, judged: Judgement) -> None:
     """Writes, prints and draws what the judge thinks. Raises UserError where nothing could be graded."""
-    rows: list[dict[str, object]] = [
-        {"question": question, "grades": {name: grades_row(of[n]) for name, of in judged.grades.items()}}
-        for n, question in enumerate(judged.questions)
-    ]
-    for row, verdict in zip(rows, judged.verdicts, strict=False):
-        row["better"] = verdict
-    write_lines(results.judged, rows)
+    write_lines(results.judged, judged.rows())
     means = {name: means_of(of, settings.seed) for name, of in judged.grades.items()}
     summary: dict[str, object] = {"judge": model}
     for name, of in judged.grades.items():
@@ -134,21 +136,14 @@ def write_judgement(settings: Settings, results: Results, model: str, judged: Ju
         summary["better"] = won
         print("better:  " + ", ".join(f"{name} {number:,}" for name, number in won.items()))
     outcomes = itertools.chain(judged.better, *judged.grades.values())
-    reasons = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
+    reasons = format_counts(Counter(outcome for outcome in outcomes if isinstance(outcome, str)))
     if reasons:
-        print(f"lost:    {format_counts(reasons)}")
+        print(f"lost:    {reasons}")
     drawn = {name: of["satisfaction"] for name, of in means.items() if of}
     if not drawn:
-        raise UserError(
-            f"no answer could be graded ({format_counts(reasons)}); try another judge or --structured-output"
-        )
+        raise UserError(f"no answer could be graded ({reasons}); try another judge, or --structured-output")
     write_json(results.judge, summary)
     plot(results.judge_plot, drawn)
-
-
-def grades_row(graded: Grades | str) -> dict[str, int] | None:
-    """The grades of an answer for the table; None where there are none."""
-    return dataclasses.asdict(graded) if isinstance(graded, Grades) else None
 
 
 def plot(path: Path, means: Mapping[str, Mean]) -> None:

@@ -12,8 +12,8 @@ import asyncio
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from augcon.data import Answer, Query
 from augcon.errors import UserError, run_fast, stage
@@ -63,9 +63,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
         raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
     examples = read_examples(settings.qa_examples)
     languages = Counter(prompts_for(query.text, settings.language).language for query in queries)
-    print(
-        f"queries: {len(queries):,} to answer ({format_counts(Counter[str](languages))}); {len(examples)} examples written by people"
-    )
+    print(f"queries: {len(queries):,} to answer ({format_counts(languages)}); {len(examples)} examples by people")
     searches = {
         of: plan_search(examples, of, settings.examples_shown, settings.candidates, settings.seed)
         for of in sorted(languages)
@@ -85,7 +83,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
         for search in searches.values():
             print_search(search)
         print_answers(answers, results.dropped_queries)
-        write_data(settings, results, queries, answers)
+        write_data(settings, results, answers)
         print_calls(llm, time.monotonic() - started)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
     results.record.finish("step 3", queries=digest(results.filtered_queries.read_bytes()))
@@ -121,39 +119,38 @@ async def answer_all(
     return [answered async for _, answered in map_in_order(answer, queries, 2 * settings.max_in_flight)]
 
 
-def write_data(settings: Settings, results: Results, queries: list[Query], answers: list[Answer]) -> None:
+def write_data(settings: Settings, results: Results, answers: list[Answer]) -> None:
     """Writes the pairs, where they came from and what was dropped. Raises UserError when no pair is left."""
-    answered = list(zip(queries, answers, strict=True))
-    kept = [(query, answer) for query, answer in answered if answer.text is not None]
-    write_lines(
-        results.dropped_queries, (dropped_row(query, answer) for query, answer in answered if answer.text is None)
-    )
+    kept = [answer for answer in answers if answer.text is not None]
+    write_lines(results.dropped_queries, (dropped_row(answer) for answer in answers if answer.text is None))
     write_lines(results.sft_origins, origins(settings, results, kept))
-    columns: dict[str, list[str | None]] = {
-        "question": [query.text for query, _ in kept],
-        "answer": [answer.text for _, answer in kept],
+    columns: dict[str, list[Any]] = {
+        "question": [answer.query.text for answer in kept],
+        "answer": [answer.text for answer in kept],
     }
     write_dataset(results.sft_data, columns)
     if not kept:
         reasons = format_counts(Counter(answer.reason for answer in answers))
         raise UserError(
-            f"none of the {len(queries):,} answers is usable ({reasons}); see {results.dropped_queries}, then try "
+            f"none of the {len(answers):,} answers is usable ({reasons}); see {results.dropped_queries}, then try "
             "another model or prompt"
         )
 
 
-def dropped_row(query: Query, answer: Answer) -> dict[str, object]:
+def dropped_row(answer: Answer) -> dict[str, object]:
     """A line of dropped_queries.jsonl."""
+    query = answer.query
     what = {"id": query.id, "root": query.root, "context": query.context, "question": query.text}
     return {**what, "reason": answer.reason, "tries": answer.tries, "reply": answer.reply}
 
 
-def origins(settings: Settings, results: Results, kept: Iterable[tuple[Query, Answer]]) -> Iterator[dict[str, object]]:
+def origins(settings: Settings, results: Results, answers: list[Answer]) -> Iterator[dict[str, object]]:
     """The lines of sft_origins.jsonl; None where the files of steps 1 and 2 do not tell."""
     articles = {root.root: root.article for root in results.read_contexts()} if results.contexts.exists() else {}
     scored = read_lines(results.scores, Scored, STEP_2) if results.scores.exists() else ()
     scores = {row.id: row.score for row in scored}
-    for query, answer in kept:
+    for answer in answers:
+        query = answer.query
         yield {
             "id": query.id,
             "question": query.text,

@@ -120,6 +120,7 @@ class Example:
 class Answer:
     """What came of a query: the answer, or None with the reason and the last reply; ``tries`` counts replies."""
 
+    query: Query
     text: str | None
     tries: int
     reason: str = ""

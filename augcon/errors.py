@@ -10,8 +10,8 @@ class UserError(Exception):
     """The run cannot go on and the message tells the user why and what to do; no traceback is needed."""
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of any exception, folded to one line of at most ``limit`` characters."""
+def one_line(error: object, limit: int = 300) -> str:
+    """An exception or any text, folded to one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -149,7 +149,7 @@ def test_other_settings_and_examples_are_refused_until_redo_agrees_and_other_que
     )
     assert says_one_line(run(*command), "model served was 'another'", served)
     redone = run(*command, "--qa-examples", other, "--redo")
-    assert redone.returncode == 0 and "1 examples written by people" in redone.stdout, redone.stderr
+    assert redone.returncode == 0 and "1 examples by people" in redone.stdout, redone.stderr
     kept = json.loads((results / "filtered_queries.json").read_text())
     (results / "filtered_queries.json").write_text(
         json.dumps({"0": [*kept["0"][:5], ["蜂蜡布怕热。", "蜂蜡布怕什么？"]]})
@@ -309,6 +309,6 @@ def test_the_bundled_examples_are_found_from_any_folder(engine: Engine, tmp_path
     by_hand(tmp_path / "results")
     command = [sys.executable, ROOT / "step3_gen_a.py", "--api-base", engine.api, "--candidates", "1"]
     done = subprocess.run(command, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and "20 examples written by people" in done.stdout
+    assert done.returncode == 0 and "20 examples by people" in done.stdout
     assert "search:  zh: " in done.stdout and "search:  en: " in done.stdout
     assert [row["language"] for row in lines(tmp_path / "results" / "sft_origins.jsonl")] == ["zh", "zh", "en"]

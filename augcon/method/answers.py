@@ -162,7 +162,7 @@ async def answer_query(
         rules.answer_tries,
         lambda reply: parse_answer(reply, query.context, query.text, prompts, shown),
     )
-    return Answer(answer.value, answer.tries, answer.reason, "" if answer.value else answer.reply)
+    return Answer(query, answer.value, answer.tries, answer.reason, "" if answer.value else answer.reply)
 
 
 def _request(prompts: Prompts, shown: Sequence[Example], context: str, question: str, rules: AnswerRules) -> Request:

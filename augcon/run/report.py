@@ -3,15 +3,17 @@
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from augcon.data import Answer
+from augcon.errors import one_line
 from augcon.llm.client import LLM
 from augcon.method.answers import Search
 from augcon.method.tree import Grown
-from augcon.text.units import length
+from augcon.text.units import language, length
 
 
-def format_counts(counts: Counter[str]) -> str:
+def format_counts(counts: Counter[Any]) -> str:
     """Counts in words, the largest first; of many, the first eight."""
     words = [f"{name} {number:,}" for name, number in counts.most_common()]
     return ", ".join(words[:8] + [f"and {len(words) - 8:,} more"] * (len(words) > 8))
@@ -84,8 +86,8 @@ def print_search(search: Search) -> None:
 
 
 def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
-    """Prints the figures of the answers; ``dropped_queries`` is the file that lists those without one."""
-    kept = [answer.text for answer in answers if answer.text is not None]
+    """Prints the figures of the answers and a pair in each language; ``dropped_queries`` lists those without one."""
+    kept = [answer for answer in answers if answer.text is not None]
     dropped = Counter(answer.reason for answer in answers if answer.text is None)
     again = sum(max(0, answer.tries - 1) for answer in answers)
     print(
@@ -94,7 +96,11 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
         + (f"; dropped: {format_counts(dropped)}, listed in {dropped_queries}" if dropped else "")
     )
     if kept:
-        print(f"length:  {statistics.fmean(map(length, kept)):.0f} on average, in characters or words")
+        print(
+            f"length:  {statistics.fmean(length(answer.text or '') for answer in kept):.0f} words or characters on average"
+        )
+    for answer in {language(answer.query.text): answer for answer in reversed(kept)}.values():
+        print(f"pair:    {one_line(answer.query.text, 160)} → {one_line(answer.text, 160)}")
 
 
 def print_calls(llm: LLM, seconds: float) -> None:
