@@ -22,7 +22,7 @@ from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.ordered import map_in_order
 from augcon.progress import bar
-from augcon.run.corpus import read_corpus, texts
+from augcon.run.corpus import read_column, texts
 from augcon.run.inputs import corpus_path
 from augcon.run.report import format_counts, format_skipped, print_calls
 from augcon.run.results import Results
@@ -47,7 +47,7 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
     outputs = outputs_folder(settings, results)
     async with LLM(pick(Endpoint, settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
-        folder = Path(llm.folders.get(model) or model)
+        folder = Path(llm.served.get(model) or model)
         # Where the server is on another machine, the model that was merged here tells one from the next.
         llm.weights = f"{folder} {files_digest(folder) or files_digest(results.sft_model)}"
         print(f"server:  {settings.api_base} serves {model!r}" + (f" from {folder}" if folder.is_dir() else ""))
@@ -85,7 +85,7 @@ def question_rows(settings: Settings) -> Iterator[Any]:
     path = Path(settings.questions)
     if path.suffix.lower() != ".txt":
         source = settings.questions or corpus_path(settings.corpus)
-        return read_corpus(source, settings.question_field, split="test", flag="--question-field")
+        return read_column(source, settings.question_field, split="test", flag="--question-field")
     try:
         return iter(path.read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, ValueError) as error:

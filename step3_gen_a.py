@@ -13,7 +13,7 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from augcon.data import Answer, Query
 from augcon.errors import UserError, run_fast, stage
@@ -23,8 +23,7 @@ from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
 from augcon.ordered import map_in_order
 from augcon.progress import bar
-from augcon.run.examples import read_examples
-from augcon.run.inputs import answer_inputs, prompts_for
+from augcon.run.inputs import answer_inputs, prompts_for, read_examples
 from augcon.run.report import format_counts, print_answers, print_calls, print_search
 from augcon.run.results import STEP_2, Results
 from augcon.text.prompts import load_prompts
@@ -124,11 +123,8 @@ def write_data(settings: Settings, results: Results, answers: list[Answer]) -> N
     kept = [answer for answer in answers if answer.text is not None]
     write_lines(results.dropped_queries, (dropped_row(answer) for answer in answers if answer.text is None))
     write_lines(results.sft_origins, origins(settings, results, kept))
-    columns: dict[str, list[Any]] = {
-        "question": [answer.query.text for answer in kept],
-        "answer": [answer.text for answer in kept],
-    }
-    write_dataset(results.sft_data, columns)
+    questions, texts = [answer.query.text for answer in kept], [answer.text for answer in kept]
+    write_dataset(results.sft_data, {"question": questions, "answer": texts})
     if not kept:
         reasons = format_counts(Counter(answer.reason for answer in answers))
         raise UserError(

@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=2000)
     calls = parser.parse_args().calls
     contexts = [
-        context for article in read_corpus(str(ROOT / "DailyM"), "article") for context in split_article(article, 500)
+        context for article in read_column(str(ROOT / "DailyM"), "article") for context in split_article(article, 500)
     ]
     prompts = load_prompts("zh")
     requests = [Request(prompts.cst_messages(contexts[n % len(contexts)]), 0.85, 1024, sample=n) for n in range(calls)]

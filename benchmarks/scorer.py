@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from augcon.data import ScorerPair  # noqa: E402, I001
 from augcon.demo.tiny_model import make_tiny_model  # noqa: E402
 from augcon.method.contexts import split_article  # noqa: E402
-from augcon.run.corpus import read_corpus  # noqa: E402
+from augcon.run.corpus import read_column  # noqa: E402
 from augcon.train import base as training  # noqa: E402
 from augcon.train import loop, ranks, scorer  # noqa: E402
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
     training.start_processes()
-    articles = [text for text in read_corpus(str(ROOT / "DailyM"), "article") if text]
+    articles = [text for text in read_column(str(ROOT / "DailyM"), "article") if text]
     contexts = [context for article in articles for context in split_article(article, 500)]
     pairs = [
         ScorerPair(contexts[n % len(contexts)], f"{n}为什么？", f"{n}什么？", "both", n, f"{n}:0:")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from augcon.data import Answer, Example, Query, Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
-from augcon.run.examples import read_examples
+from augcon.run.inputs import read_examples
 from augcon.text.prompts import load_prompts
 
 ZH = load_prompts("zh")
@@ -166,15 +166,15 @@ def test_examples_are_read_whatever_the_editor_left(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"", ["no examples"]),
-        (b"\n\n", ["no examples"]),
-        (f"{row()}\n{{".encode(), ["line 2", "not JSON"]),
-        (f"{row()}\n\n{row()}".encode("gb18030"), ["line 1", "UTF-8"]),
-        (b"[1]", ["line 1", "context, question, answer"]),
-        (b"[" * 100_000, ["line 1"]),
-        (b'{"context": "a", "question": "b"}', ["line 1", "'answer'", "None"]),
-        (row(answer=7).encode(), ["line 1", "'answer'", "7"]),
-        (row(context=" \n").encode(), ["line 1", "'context'"]),
+        (b"", ["empty file"]),
+        (b"\n\n", ["no field 'context'"]),
+        (f"{row()}\n{{".encode(), ["row 2", "not JSON"]),
+        (f"{row()}\n\n{row()}".encode("gb18030"), ["row 1", "UTF-8"]),
+        (b"[1]", ["row 1", "context, question, answer"]),
+        (b"[" * 100_000, ["row 1"]),
+        (b'{"context": "a", "question": "b"}', ["row 1", "'answer'", "None"]),
+        (row(answer=7).encode(), ["row 1", "'answer'", "7"]),
+        (row(context=" \n").encode(), ["row 1", "'context'"]),
     ],
 )
 def test_a_bad_file_of_examples_is_named_with_its_line(tmp_path: Path, content: bytes, parts: list[str]):

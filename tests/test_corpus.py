@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from augcon.data import RootContext
 from augcon.errors import UserError
 from augcon.method.contexts import SHORT, split_article, split_corpus
-from augcon.run.corpus import read_corpus, texts
+from augcon.run.corpus import read_column, texts
 from augcon.text import units as text
 
 FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
@@ -152,7 +152,7 @@ def test_a_root_context_cannot_be_changed():
 
 @pytest.mark.skipif(not FREE.exists(), reason="the free corpus is not beside the project")
 def test_the_free_corpus_is_split_evenly():
-    articles = list(read_corpus(str(FREE), "article"))
+    articles = list(read_column(str(FREE), "article"))
     roots, skipped = contexts_of(*articles)
     assert not skipped
     assert "".join(root.text for root in roots) == "".join(map(text.clean, articles))
@@ -180,7 +180,7 @@ def read(tmp_path, monkeypatch):
 
     def read(name: str, content: str | bytes, field: str = "article") -> list[object]:
         (tmp_path / name).write_bytes(content.encode() if isinstance(content, str) else content)
-        return list(read_corpus(str(tmp_path / name), field))
+        return list(read_column(str(tmp_path / name), field))
 
     return read
 
@@ -188,15 +188,15 @@ def read(tmp_path, monkeypatch):
 def refusal(source: object, field: str = "article") -> str:
     """The one line that is said of a corpus that cannot be had."""
     with pytest.raises(UserError) as error:
-        list(read_corpus(str(source), field))
+        list(read_column(str(source), field))
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
 
 
 def test_a_saved_dataset_is_read(tmp_path):
     ROWS.save_to_disk(tmp_path / "saved")
-    assert list(read_corpus(str(tmp_path / "saved"), "article")) == ["甲。", "B."]
-    assert list(read_corpus(str(tmp_path / "saved"), "title")) == ["一", "two"]
+    assert list(read_column(str(tmp_path / "saved"), "article")) == ["甲。", "B."]
+    assert list(read_column(str(tmp_path / "saved"), "title")) == ["一", "two"]
 
 
 @pytest.mark.parametrize("splits", [["train"], ["test", "train"], ["odd"]])
@@ -204,7 +204,7 @@ def test_of_a_saved_dict_train_or_the_only_split_is_read(tmp_path, splits):
     wanted = "train" if "train" in splits else splits[0]
     others = ROWS.select([0])
     datasets.DatasetDict({name: ROWS if name == wanted else others for name in splits}).save_to_disk(tmp_path / "saved")
-    assert list(read_corpus(str(tmp_path / "saved"), "article")) == ["甲。", "B."]
+    assert list(read_column(str(tmp_path / "saved"), "article")) == ["甲。", "B."]
 
 
 def test_a_saved_dict_of_several_splits_without_train_is_refused(tmp_path):
@@ -213,7 +213,7 @@ def test_a_saved_dict_of_several_splits_without_train_is_refused(tmp_path):
 
 
 def test_the_sample_corpus_is_read():
-    articles = list(read_corpus(str(Path(__file__).parents[1] / "DailyM"), "article"))
+    articles = list(read_column(str(Path(__file__).parents[1] / "DailyM"), "article"))
     assert articles and all(isinstance(article, str) for article in articles)
 
 
@@ -276,7 +276,7 @@ def test_a_folder_is_read_in_order_and_unreadable_files_are_counted(tmp_path):
     (tmp_path / "c.txt").symlink_to("nowhere")
     (tmp_path / "d.pdf").write_text("not read", "utf-8")
     (tmp_path / "deep" / "er" / "e.md").write_text("丙", "utf-8")
-    rows = list(read_corpus(str(tmp_path), "any field"))
+    rows = list(read_column(str(tmp_path), "any field"))
     assert [row for row in rows if isinstance(row, str)] == ["甲", "丙"]
     assert contexts_of(*rows)[1] == {"not in UTF-8: b.txt": 1, "cannot be read: c.txt": 1}
 

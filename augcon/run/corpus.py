@@ -1,4 +1,4 @@
-"""Reading articles and questions from any corpus."""
+"""Reading what users bring (articles, questions, pairs, example answers) from files, folders, datasets or the hub."""
 
 import dataclasses
 import json
@@ -7,13 +7,18 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
 from augcon.data import Article
 from augcon.errors import UserError, one_line
 from augcon.text.units import clean
+
+Shape = TypeVar("Shape")
+TEXT = {".txt", ".md"}
+JSON_LINES = {".jsonl", ".ndjson"}
+BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,119 +28,128 @@ class Unreadable:
     reason: str
 
 
-TEXT = {".txt", ".md"}
-JSON_LINES = {".jsonl", ".ndjson"}
-BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+Row = dict[str, Any] | Unreadable
 
 
-def read_corpus(source: str, field: str, split: str = "train", flag: str = "--text-field") -> Iterator[Any]:
-    """The values of ``field``, a row at a time, from anything that ``datasets`` opens.
+def read_column(source: str, field: str, split: str = "train", flag: str = "--text-field") -> Iterator[Any]:
+    """The values of one field, row by row; see ``read_rows``. ``flag`` is the setting that names the field."""
+    for row in read_rows(source, (field,), split, "corpus", f"name one with {flag}"):
+        yield row if isinstance(row, Unreadable) else row.get(field)
 
-    ``split`` is read where there are several; ``flag`` names the setting of the field in messages.
+
+def read_all(source: str, shape: type[Shape], flag: str) -> list[Shape]:
+    """All rows as ``shape``, a dataclass of texts. Raises UserError, with the row, where a field of it is no text."""
+    fields = [field.name for field in dataclasses.fields(shape)]  # type: ignore[arg-type]
+    found = []
+    for number, row in enumerate(read_rows(source, fields, "train", flag, "add it"), 1):
+        where = f"{flag} {source!r}, row {number}"
+        if isinstance(row, Unreadable):
+            raise UserError(f"{where} is not JSON in UTF-8 with the fields {', '.join(fields)} ({row.reason})")
+        for field in fields:
+            if not isinstance(row.get(field), str) or not clean(row[field]).strip():
+                raise UserError(f"{where}: {field!r} must be a text, not {row.get(field)!r:.80}")
+        found.append(shape(**{field: clean(row[field]).strip() for field in fields}))
+    if not found:
+        raise UserError(f"{flag} {source!r} has no rows")
+    return found
+
+
+def read_rows(source: str, fields: Iterable[str], split: str, what: str, advice: str) -> Iterator[Row]:
+    """The rows of anything that ``datasets`` opens, and of text files; of ``split``, where there are several.
+
     ``source`` is a dataset saved to disk, a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder of
-    ``.txt``/``.md`` files, or a dataset's name on the hub. A value that cannot be read comes as Unreadable.
-
-    Raises UserError when there is no such corpus, it cannot be read, or none of its rows has the field.
+    ``.txt``/``.md`` files (one row each, with the text in the first of the ``fields``), or a dataset's name on the hub.
+    Raises UserError, about ``what``, when it cannot be read, or, with ``advice``, when no row has one of the fields.
     """
     try:
         path = Path(source).expanduser()
         path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
-        raise UserError(f"corpus {source!r} is no path: {one_line(error)}") from error
-    suffix = path.suffix.lower()
+        raise UserError(f"{what} {source!r} is not a path: {one_line(error)}") from error
     if path.is_file() and not path.stat().st_size:
-        raise UserError(f"corpus {source!r} is an empty file")
+        raise UserError(f"{what} {source!r} is an empty file")
+    suffix = path.suffix.lower()
     if path.is_dir() and not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT and not file.is_dir())
         if not files:
-            raise UserError(f"corpus {source!r} is a folder without a saved dataset or .txt or .md files")
-        return map(_read_file, files)
+            raise UserError(f"{what} {source!r} is a folder without a saved dataset or .txt or .md files")
+        return (_read_text(file, *fields) for file in files)
     if path.is_file() and suffix in TEXT:
-        return iter([_read_file(path)])
+        return iter([_read_text(path, *fields)])
     if path.is_file() and suffix in JSON_LINES:
-        return _read_json_lines(path, field, flag)
-    return _column(_open_dataset(source, path, suffix, split), source, field, flag)
+        return _read_json_lines(f"{what} {source!r}", fields, advice, path)
+    dataset = _open_dataset(source, path, split, what)
+    _check_fields(f"{what} {source!r}", fields, dataset.column_names, advice)
+    return iter(dataset)
 
 
-def _read_file(path: Path) -> str | Unreadable:
+def _read_text(path: Path, field: str, *_: str) -> Row:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return {field: path.read_text(encoding="utf-8-sig")}
     except UnicodeDecodeError:
         return Unreadable(f"not in UTF-8: {path.name}")
     except OSError:
         return Unreadable(f"cannot be read: {path.name}")
 
 
-def _read_json_lines(path: Path, field: str, flag: str) -> Iterator[Any]:
+def _read_json_lines(what: str, fields: Iterable[str], advice: str, path: Path) -> Iterator[Row]:
     """Line by line rather than through ``datasets``, which gives up a whole file for one bad line."""
-    seen: Counter[str] = Counter()
+    seen: dict[str, None] = {}
     try:
         lines = path.open("rb")
     except OSError as error:
-        raise UserError(f"corpus {str(path)!r} cannot be read: {one_line(error)}") from error
+        raise UserError(f"{what} cannot be read: {one_line(error)}") from error
     with lines:
-        for line in lines:
-            if not line.strip():
-                continue
+        for line in filter(bytes.strip, lines):
             try:
                 row = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError):
                 yield Unreadable("broken line")
                 continue
-            if isinstance(row, dict):
-                seen.update(map(str, row))
-                yield row.get(field)
-            else:
-                yield Unreadable("line without fields")
-    if not seen[field]:
-        raise UserError(_no_field(str(path), field, list(seen), flag))
+            seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+            yield row if isinstance(row, dict) else Unreadable("line without fields")
+    _check_fields(what, fields, list(seen), advice)
 
 
-def _open_dataset(source: str, path: Path, suffix: str, split: str) -> datasets.Dataset:
+def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: str) -> None:
+    for field in fields:
+        if field not in there:
+            offered = ", ".join(repr(name) for name in there[:20]) or "none"
+            raise UserError(f"{what} has no field {field!r}; its fields are: {offered}; {advice}")
+
+
+def _open_dataset(source: str, path: Path, split: str, what: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
+    suffix = path.suffix.lower()
+    local = source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in {*BUILDERS, *JSON_LINES, *TEXT}
+    if path.is_file() and suffix not in BUILDERS:
+        raise UserError(
+            f"{what} {source!r}: files of this kind are not read; use .jsonl, .json, .csv, .tsv, "
+            ".parquet, .txt, .md or a dataset saved to disk"
+        )
+    if not path.exists() and local:
+        raise UserError(f"{what} {source!r}: there is no such file or folder")
     try:
         if path.is_dir():
             opened = datasets.load_from_disk(str(path))
-        elif path.is_file() and suffix in BUILDERS:
+        elif path.is_file():
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             opened = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
-        elif path.is_file():
-            raise UserError(
-                f"corpus {source!r}: files of this kind are not read; use .jsonl, .json, .csv, .tsv, "
-                ".parquet, .txt, .md or a dataset saved to disk"
-            )
-        elif source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in {*BUILDERS, *JSON_LINES, *TEXT}:
-            raise UserError(f"corpus {source!r}: there is no such file or folder")
         else:
-            print(f"corpus {source!r} is no file or folder here; asking the hub", file=sys.stderr)
+            print(f"{what} {source!r} is not a file or folder here; asking the hub", file=sys.stderr)
             logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, one by one
             opened = datasets.load_dataset(source)
-    except UserError:
-        raise
     except Exception as error:  # datasets raises whatever its many back ends raise
         if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
-            raise UserError(f"corpus {source!r} is not in UTF-8; convert it first, for instance with iconv") from error
-        problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset to be had"
-        raise UserError(f"corpus {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
+            raise UserError(f"{what} {source!r} is not in UTF-8; convert it first, for instance with iconv") from error
+        problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset on the hub"
+        raise UserError(f"{what} {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):
         return opened
-    if split in opened:
-        return opened[split]
-    if len(opened) == 1:
-        return next(iter(opened.values()))
-    raise UserError(f"corpus {source!r} has no split {split!r}; its splits are: {', '.join(opened)}")
-
-
-def _column(dataset: datasets.Dataset, source: str, field: str, flag: str) -> Iterator[Any]:
-    if field not in dataset.column_names:
-        raise UserError(_no_field(source, field, dataset.column_names, flag))
-    return iter(dataset[field])
-
-
-def _no_field(source: str, field: str, fields: list[str], flag: str) -> str:
-    offered = ", ".join(repr(name) for name in fields[:20]) or "none"
-    return f"corpus {source!r} has no field {field!r}; its fields are: {offered}; name one with {flag}"
+    if split in opened or len(opened) == 1:
+        return opened[split if split in opened else next(iter(opened))]
+    raise UserError(f"{what} {source!r} has no split {split!r}; its splits are: {', '.join(opened)}")
 
 
 def texts(rows: Iterable[Any], skipped: Counter[str]) -> Iterator[Article]:

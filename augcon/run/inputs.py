@@ -10,11 +10,13 @@ from augcon.data import Example, RootContext
 from augcon.errors import UserError
 from augcon.files import digest
 from augcon.method.contexts import split_corpus
-from augcon.run.corpus import read_corpus, texts
+from augcon.run.corpus import read_all, read_column, texts
 from augcon.run.record import Inputs
 from augcon.run.report import format_skipped
 from augcon.text.prompts import Prompts, load_prompts
 from augcon.text.units import Language, language
+
+_PROJECT = Path(__file__).parent.parent.parent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +31,7 @@ class CorpusRules:
 
 def read_roots(rules: CorpusRules, skipped: Counter[str]) -> list[RootContext]:
     """The corpus as root contexts; what is skipped is counted by reason. Raises UserError when there is no text."""
-    articles = texts(read_corpus(corpus_path(rules.corpus), rules.text_field), skipped)
+    articles = texts(read_column(corpus_path(rules.corpus), rules.text_field), skipped)
     roots = list(split_corpus(articles, rules.max_length, rules.quota_unit))
     if not roots:
         raise UserError(f"corpus {rules.corpus!r} has no article with text{format_skipped(skipped)}")
@@ -38,8 +40,18 @@ def read_roots(rules: CorpusRules, skipped: Counter[str]) -> list[RootContext]:
 
 def corpus_path(corpus: str) -> str:
     """Where a corpus is; the bundled one is found from any working directory."""
-    bundled = Path(__file__).parent.parent.parent / "DailyM"
-    return str(bundled) if corpus == bundled.name else corpus
+    return str(_PROJECT / corpus) if corpus == "DailyM" else corpus
+
+
+def read_examples(names: str) -> list[Example]:
+    """The examples of .jsonl files, whose names are separated by commas; those of AugCon are found from anywhere."""
+    examples: list[Example] = []
+    for name in filter(None, map(str.strip, names.split(","))):
+        bundled = (_PROJECT / name).exists() and not Path(name).expanduser().exists()
+        examples += read_all(str(_PROJECT / name) if bundled else name, Example, "--qa-examples")
+    if not examples:
+        raise UserError(f"--qa-examples names no file: {names!r}")
+    return examples
 
 
 def prompts_for(text: str, chosen: Literal["auto"] | Language) -> Prompts:

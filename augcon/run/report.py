@@ -96,9 +96,8 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
         + (f"; dropped: {format_counts(dropped)}, listed in {dropped_queries}" if dropped else "")
     )
     if kept:
-        print(
-            f"length:  {statistics.fmean(length(answer.text or '') for answer in kept):.0f} words or characters on average"
-        )
+        mean = statistics.fmean(length(answer.text or "") for answer in kept)
+        print(f"length:  {mean:.0f} words or characters on average")
     for answer in {language(answer.query.text): answer for answer in reversed(kept)}.values():
         print(f"pair:    {one_line(answer.query.text, 160)} → {one_line(answer.text, 160)}")
 
