@@ -1,4 +1,4 @@
-"""The commands of the README, as a newcomer types them."""
+"""The README's commands work, and the documents name what there is."""
 
 import contextlib
 import json
@@ -14,12 +14,16 @@ import datasets
 import pytest
 from conftest import ROOT, clean_environment
 
+from augcon.run.results import Results
+from config import Settings
+
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "results", "results-*", "__pycache__", ".*_cache", ".hypothesis")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
+def test_every_command_in_a_bash_block_of_the_readme_works(tmp_path: Path):
     """All ``bash`` blocks in one shell, in a copy; ``console`` blocks need a GPU, a paid server or this test itself."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     commands = "".join(blocks)
@@ -63,10 +67,25 @@ def test_every_command_that_a_newcomer_can_type_works(tmp_path: Path):
     assert outputs["question"][:] == datasets.load_from_disk(ROOT / "DailyM")["test"]["question"][:]
 
 
-def test_the_table_of_files_names_what_there_is():
-    table = (ROOT / "README.md").read_text().split("## The files")[1]
-    named = re.findall(r"`([\w/.*]+)`", table)
-    for name in named:
-        assert any((ROOT / folder).glob(name.rstrip("/")) for folder in ("", "augcon")), name
-    there = {path.name for path in (ROOT / "augcon").glob("*.py")} | {path.name for path in ROOT.glob("*.py")}
-    assert there - {"__init__.py"} <= {Path(name).name for name in named}
+def test_the_architecture_names_every_room_and_every_script():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rooms = {f"{path.parent.name}/" for path in (ROOT / "augcon").glob("*/__init__.py")}
+    files = {path.name for path in [*(ROOT / "augcon").glob("*.py"), *ROOT.glob("*.py")]} - {"__init__.py"}
+    assert rooms | files <= set(re.findall(r"`([\w./]+)`", text.replace("`augcon/", "`")))
+
+
+def test_the_results_are_described_file_by_file():
+    named = re.findall(r"`([\w./-]+?)/?`", (ROOT / "docs" / "results.md").read_text())
+    assert {path.name for path in vars(Results("results")).values() if isinstance(path, Path)} <= {*named, "results"}
+    assert "run.json" in named
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
+    text = document.read_text()
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (document.parent / link).exists(), link
+    for path in re.findall(r"`((?:augcon|tests|benchmarks|docs)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+    flags = {"--" + name.replace("_", "-") for name in Settings.model_fields} | {"--help", "--tests", "--num_gpus"}
+    assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
