@@ -26,10 +26,6 @@ class RequestError(Exception):
     """What is wrong with a request: the message, the field or None, and OpenAI's code for that or None."""
 
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
@@ -38,7 +34,9 @@ _CHECKS = {  # of values other than null
     "model": lambda value: isinstance(value, str),
     "messages": lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
     "prompt": lambda value: isinstance(value, str),
-    "stop": lambda value: all(isinstance(mark, str) and mark for mark in _listed(value)),
+    "stop": lambda value: (
+        isinstance(value, str | list) and value and all(isinstance(mark, str) and mark for mark in value)
+    ),
     "seed": lambda value: type(value) is int,
     "temperature": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
     "max_tokens": lambda value: type(value) is int and value > 0,
@@ -91,7 +89,8 @@ class Engine:
         finally:
             self.running -= 1
         limit = min((body[name] for name in ("max_tokens", "max_completion_tokens") if name in body), default=None)
-        written, finish, tokens = cut(reply.text, _listed(body.get("stop", [])), limit)
+        stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
+        written, finish, tokens = cut(reply.text, stops, limit)
         self.requests += 1
         self.prompt_tokens += reply.prompt_tokens
         self.generation_tokens += tokens
@@ -135,8 +134,8 @@ async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
     return _json({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
 
 
-def main() -> int:
-    """Serves until SIGINT or SIGTERM; returns the exit status."""
+def main() -> None:
+    """Serves until SIGINT or SIGTERM."""
     about = "Answers AugCon's prompts by rules over OpenAI's API. It is NOT a language model."
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -154,10 +153,8 @@ def main() -> int:
     try:
         web.run_app(app, **where, access_log=None, auto_decompress=False, print=lambda _: print(says, flush=True))
     except (OSError, OverflowError) as error:
-        print(f"cannot listen there; see --host, --port: {error}", file=sys.stderr)
-        return 1
-    return 0
+        sys.exit(f"cannot listen there; see --host, --port: {error}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,7 +1,5 @@
-"""The rules of the demonstration engine: a reply to each of AugCon's prompts, in the form that it asks for.
-
-They only look at the surface of a text, in Chinese and in English. A reply depends on prompt and seed alone.
-"""
+"""The demonstration engine's replies to AugCon's prompts, by rules that only look at the surface of a text, in Chinese
+and in English. A reply depends on prompt and seed alone."""
 
 import contextlib
 import functools
@@ -9,7 +7,6 @@ import hashlib
 import itertools
 import random
 import re
-from collections import defaultdict
 from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq
@@ -19,7 +16,6 @@ from augcon.errors import UserError
 from augcon.text import units as text
 from augcon.text.checks import mentions_text
 from augcon.text.prompts import Prompts, as_text, load_prompts, prompts_file
-from augcon.text.units import Language
 
 _MOST_READ = 20_000  # characters of a text that are read; a corpus has far shorter contexts
 _DIVISIBLE = 40  # length from which a text without any mark is cut between words
@@ -99,7 +95,7 @@ def recognise(prompt: list[Message] | str) -> Task:
 _read: dict[str, tuple[int, Prompts]] = {}
 
 
-def _prompts_now(language: Language) -> Prompts:
+def _prompts_now(language: str) -> Prompts:
     """The prompts as their file stands: users edit it while the engine runs. A broken edit leaves the old ones."""
     changed = prompts_file(language).stat().st_mtime_ns
     if _read.get(language, (0,))[0] != changed:
@@ -131,18 +127,18 @@ def halve(context: str, second_best: bool) -> tuple[str, str]:
     return context, ""
 
 
-# In templates, {t} and {u} are terms, {s} a statement, {c} a clause, {n} a clause that asks for a number; {b}, any
-# clause, stands in for {c}. The first are for good questions; the second for weaker ones, and where nothing else fits.
+# In templates, {t} and {u} are terms, {s} a statement, {q} one with a question word in it, {c} a statement or else any
+# clause. The first are for good questions; the second for weaker ones, and where nothing else fits.
 _TEMPLATES = {
     "zh": (
-        "为什么{s}？|{s}，原因是什么？|{s}，具体是怎么一回事？|说起{t}，为什么{s}？|{n}？|{n}？|“{c}”说的是怎么一回事？"
-        "|“{c}”，背后有什么原因？|怎样理解“{c}”这句话？|“{c}”与{t}有什么关系？|{t}和{u}之间有什么联系？|关于{t}，要了解什么？",
-        "{t}怎么样？|{t}重要吗？|什么是{t}？|它和{t}有关吗？|主要讲了什么？|有什么要注意的？|为什么会这样？|文中提到了什么？",
+        "{q}？|{q}？|说到{t}，{q}？|说到{t}，{q}？|为什么{s}？|为什么{s}？|说起{t}，为什么{s}？|说起{t}，为什么{s}？"
+        "|{s}，原因是什么？|{s}，结果怎样？|{s}，具体是怎么一回事？|“{c}”说的是什么情况？|{t}和{u}有什么联系？|关于{t}，要了解什么？",
+        "{t}怎么样？|{t}重要吗？|什么是{t}？|“{c}”对吗？|主要讲了什么？|有什么要注意的？|为什么会这样？|文中提到了什么？",
     ),
     "en": (
-        "Why is it that {s}?|What explains the fact that {s}?|What lies behind “{c}”?|What is meant by “{c}”?"
-        "|How does “{c}” relate to {t}?|How are {t} and {u} connected?|What is known about {t}?",
-        "What about {t}?|Is {t} important?|What is {t}?|What is this about?|What happens next?|Why is that so?",
+        "{q}?|{q}?|{q}?|Why is it that {s}?|Why is it that {s}?|What explains the fact that {s}?"
+        "|What is known about {t}?|How does “{c}” relate to {t}?|What is meant by “{c}”?|How are {t} and {u} linked?",
+        "What about {t}?|Is {t} important?|What is {t}?|Is “{c}” right?|What is this about?|What happens next?|Why so?",
     ),
 }
 
@@ -150,27 +146,28 @@ _TEMPLATES = {
 def _tree(task: Task, random_: random.Random) -> str:
     """A question and the halves; mostly a weaker question for the weak instruction, and for fewer examples."""
     language, context = task.prompts.language, text.clean(task.last[:_MOST_READ])
-    pieces = defaultdict(list)
+    pieces = {slot: [] for slot in "tsqc"}
     for sentence in text.sentences(context):
         for slot, piece in (_chinese if language == "zh" else _english)(sentence[:1000]):
             pieces[slot].append(piece)
-    pieces["u"], pieces["c"] = pieces["t"], pieces["c"] or pieces["b"]
+    pieces["u"], pieces["c"] = pieces["t"], pieces["s"] or pieces["c"]
     best, weaker = (random_.choices(templates.split("|"), k=20) for templates in _TEMPLATES[language])
-    good = random_.random() < (0.97 if task.fixed == as_text(task.prompts.cst_messages("")[:-1]) else 0.12)
+    good = random_.random() < (0.97 if task.fixed == as_text(task.prompts.cst_messages("")[:-1]) else 0.06)
     question = _TEMPLATES[language][1].rpartition("|")[2]
     for template in [*best, *weaker] if good else weaker:
-        values = [random_.choice(pieces[slot] or [""]) for slot in re.findall(r"\{(\w)\}", template)]
-        if all(values) and not any(one in other for one, other in itertools.permutations(values, 2)):
-            question = re.sub(r"\{\w\}", "{}", template).format(*values)
+        values = {slot: random_.choice(found or [""]) for slot, found in pieces.items() if f"{{{slot}}}" in template}
+        if all(values.values()) and not any(one in other for one, other in itertools.permutations(values.values(), 2)):
+            question = template.format(**values)
             break
     return task.prompts.cst_reply(question, halve(task.last, second_best=random_.random() < 0.3))
 
 
 _ZH_CLAUSE = re.compile(r"(?:[^\W_]|[.%](?=\d)|(?<=\d)[,%])+")
-_ZH_DIGITS = "一二三四五六七八九十百千万两"
-_ZH_NUMBER = re.compile(rf"(?<=[^\W\d第的{_ZH_DIGITS}])(?:\d[\d,.]*|[{_ZH_DIGITS}]{{2,}})(?=[^\W\d]{{1,3}}$)")
+_DIGIT = "一二三四五六七八九十百千万两"
+_ZH_NUMBER = re.compile(rf"(?<=[^\W\d第的{_DIGIT}])(?:\d[\d,.]*|[{_DIGIT}]{{2,}})(?=[^\W\d多余几{_DIGIT}]{{1,3}}$)")
 _ZH_UNFIT = re.compile(  # what depends on words before it, asks, or is unfinished
-    "[他她它我你您这那此该其某者吗呢哪谁则才也就又还便却]|什么|怎|[本上下]文|文[中本]|上述|如[下何]|^[第一二两]|[的时后前说问道是和与对在]$"
+    "[他她它我你您这那此该其某者吗呢哪谁则才也就又还便却]|什么|怎|[本上下]文|文[中本]|上述|如[下何]"
+    "|^(?:[第一二两但而若]|因为|如果|所以|虽然|既然)|[的时后前说问道是和与对在]$"
 )
 
 
@@ -184,29 +181,40 @@ def _chinese(sentence: str) -> list[tuple[str, str]]:
         words = posseg.lcut(clause)
         pieces += [("t", word.word) for word in words if word.flag[0] == "n" and len(word.word) > 2]
         if 7 <= len(clause) <= 24 and text.language(clause) == "zh":
-            states = re.match("n+[dp]*[va]", "".join(word.flag[0] for word in words))
-            asked = _ZH_NUMBER.sub("多少", clause)
-            slot = "b" if _ZH_UNFIT.search(clause) else "n" if asked != clause else "s" if states else "c"
-            pieces.append((slot, asked if slot == "n" else clause))
+            tags = "".join("的" if word.word == "的" else word.flag[0] for word in words)
+            fit = re.search("[va]", tags) and not _ZH_UNFIT.search(clause)
+            pieces.append(("s" if fit else "c", clause))
+            asked, thing = _ZH_NUMBER.sub("多少", clause), re.search("(?<=v)u?(?=m?q?[nb]+$)", tags)
+            if thing and asked == clause:
+                asked = "".join(word.word for word in words[: thing.end()]) + "什么"
+            pieces += [("q", asked)] if fit and asked != clause and len(asked) > 5 else []
     return pieces
 
 
 _EN_TERM = re.compile(
-    r"\bthe (?:[\w-]+ ){1,2}[\w-]{4,}(?= (?:of|in|and|is|are|was|were|has)\b|[,.;])|(?<=[a-z,] )[A-Z]\w+(?: [A-Z]\w+)+"
+    r"\bthe [\w-]+ [\w-]{4,}(?= (?:of|in|and|is|are|was|has)\b|[,.;])|(?<=[a-z,] )[A-Z]\w+(?: [A-Z]\w+)+"
 )
-_EN_CLAUSE = re.compile(r"[^\W_](?:[\w'’ -]|[,.](?=\d))+[^\W_]")
-_EN_STATEMENT = re.compile(r"(?:The|An?|In|On|At|When|If|Since) [\w'’ ,%-]{20,120}(?=[.;]\s*$)")
-_EN_UNFIT = re.compile(r"\b(?:s?he|it|they|we|I|you|this|that|these|those|h[ie][sr]|its|their|our|my|your)\b", re.I)
+_EN_STATEMENT = re.compile(
+    r"^(?:(The|An?|In|On|At|By|For|After|Some|Many|Most|All) |[A-Z]\w+ [A-Z]\w+ )[\w'’ ,%-]{15,120}(?=[.;!]\s*$)"
+)
+_EN_NAMED = re.compile(
+    r"^(?:(The) [\w-]+|[A-Z]\w+ [A-Z]\w+) ((?:is|was|has|had|can|must|will|[a-z]+ed|[a-z]+[^s]s) .{12,})"
+)
+_EN_CLAUSE = re.compile(
+    r"\b(?!(?:and|but|or|so|which|that|who)\b)[^\W\d_](?:[\w'’ -]|[,.](?=\d)){20,120}\b(?=[^\w, ]|, )"
+)
+_EN_UNFIT = re.compile(r"\b(?:s?he|it|they|we|I|you|this|that|these|those|my|your|our)\b", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=2**15)
 def _english(sentence: str) -> list[tuple[str, str]]:
     """The same for English."""
-    pieces = [("t", term) for term in _EN_TERM.findall(sentence)]
-    clauses = [clause for clause in _EN_CLAUSE.findall(sentence) if 4 <= clause.count(" ") <= 14]
-    pieces += [("b" if _EN_UNFIT.search(clause) else "c", clause) for clause in clauses]
+    slots = {"t": _EN_TERM.findall(sentence), "s": [], "q": [], "c": _EN_CLAUSE.findall(sentence)}
     whole = _EN_STATEMENT.match(sentence)
-    return pieces if not whole or _EN_UNFIT.search(whole[0]) else [*pieces, ("s", whole[0][0].lower() + whole[0][1:])]
+    if whole and not _EN_UNFIT.search(whole[0]):
+        slots["s"] = [whole[0][0].lower() + whole[0][1:] if whole[1] else whole[0]]
+        slots["q"] = [f"{'Who or what' if the else 'Who'} {said}" for the, said in _EN_NAMED.findall(whole[0])]
+    return [(slot, piece) for slot, pieces in slots.items() for piece in pieces]
 
 
 def _answer(task: Task) -> str:
@@ -219,13 +227,12 @@ def _answer(task: Task) -> str:
     said = [sentence.strip() for sentence in text.sentences(context) if text.language(sentence) == language]
     chosen: list[str] = []
     for sentence in sorted(said, key=lambda sentence: -len(asked & _content(sentence))):
-        too_much = text.length("".join(chosen)) + text.length(sentence) / 2 > wanted
-        if chosen and (too_much or not asked & _content(sentence)):
+        if chosen and (text.length("".join(chosen)) > wanted / 2 or not asked & _content(sentence)):
             break
         if sentence and not mentions_text(sentence, context, question):
             chosen.append(sentence)
     answer = ("" if language == "zh" else " ").join(sorted(chosen, key=said.index)) or _NO_ANSWER[language]
-    return answer if answer[-1] not in "，；：、,;:" else answer[:-1] + ("。" if language == "zh" else ".")
+    return answer[0].upper() + re.sub("[，；：、,;:]$", "。" if language == "zh" else ".", answer[1:])
 
 
 def _content(part: str) -> set[str]:
