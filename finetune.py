@@ -20,6 +20,7 @@ from typing import Any
 from augcon.data import Pair
 from augcon.errors import UserError, one_line, stage
 from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.run.corpus import read_all
 from augcon.run.record import Record
 from augcon.run.results import Results
 from augcon.train import base as training
@@ -27,7 +28,6 @@ from augcon.train import sft
 from augcon.train.adapters import TrainedWith
 from augcon.train.chat import ChatEncoder, TrainingExample, load_encoder
 from augcon.train.loop import TrainingRules
-from augcon.train.pairs import read_pairs
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
 
@@ -107,7 +107,7 @@ def read_data(settings: Settings, results: Results) -> list[Pair]:
     unfinished = "step 3" in results.record.stages() and results.record.finished("step 3") is None
     if unfinished and source.resolve() == results.sft_data.resolve():
         raise UserError(f"step 3 in {results.folder} has not finished, so {source} is not up to date; run it first")
-    return read_pairs(source)
+    return read_all(str(source), Pair, "--data")
 
 
 def origins_of(pairs: list[Pair], results: Results) -> dict[str, list[int | None]]:

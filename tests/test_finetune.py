@@ -19,11 +19,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon.data import Pair
 from augcon.errors import UserError
+from augcon.run.corpus import read_all
 from augcon.train import base as training
 from augcon.train import loop
 from augcon.train import sft as tuning
 from augcon.train.chat import IGNORED, ChatEncoder, TrainingExample, load_encoder
-from augcon.train.pairs import read_pairs
 
 torch.set_num_threads(1)
 
@@ -360,33 +360,14 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
 
 @pytest.mark.parametrize("name", ["saved", "a.jsonl", "a.json", "a.csv", "a.parquet"])
 def test_pairs_come_from_a_dataset_or_a_file_of_any_kind(name: str, tmp_path: Path):
-    pairs = [Pair(str(row["question"]), str(row["answer"])) for row in ROWS]
-    assert read_pairs(write_rows(tmp_path / name, [{**row, "more": 1} for row in ROWS])) == pairs
-    broken = write_rows(tmp_path / f"b{Path(name).suffix}", [*ROWS, {"question": "Why?", "answer": " "}])
-    with pytest.raises(UserError, match=rf"row 3 of {broken} has no text in the field 'answer'.*Why"):
-        read_pairs(broken)
-    other = write_rows(tmp_path / f"c{Path(name).suffix}", [{"prompt": "Why?", "answer": "So."}])
-    with pytest.raises(UserError, match=r"row 1 of .* has no text in the field 'question': .*prompt"):
-        read_pairs(other)
+    def read(name: str, rows: list[dict[str, object]]) -> list[Pair]:
+        return read_all(str(write_rows(tmp_path / name, rows)), Pair, "--data")
 
-
-def test_a_file_that_holds_no_pairs_is_one_line(tmp_path: Path):
-    for name, text, said in (
-        ("a.jsonl", json.dumps(ROWS[0]) + '\n{"question": "Wh', "row 2 of .*question"),
-        ("b.json", "[1, 2", "cannot read the pairs in .*b.json"),
-        ("c.json", "[]", "has no pairs"),
-        ("d.txt", "Who?", "not a saved dataset, .jsonl"),
-        ("e.parquet", "Who?", "cannot read"),
-    ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(UserError, match=said) as error:
-            read_pairs(tmp_path / name)
-        assert "\n" not in str(error.value)
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS)}).save_to_disk(tmp_path / "splits")
-    with pytest.raises(UserError, match="name the folder of one: train"):
-        read_pairs(tmp_path / "splits")
-    with pytest.raises(UserError, match="cannot read the pairs"):
-        read_pairs(tmp_path)
+    assert read(name, [{**row, "more": 1} for row in ROWS]) == [Pair(**row) for row in ROWS]
+    with pytest.raises(UserError, match=rf"--data: row 3 of .*b{Path(name).suffix}: 'answer' must be a text"):
+        read(f"b{Path(name).suffix}", [*ROWS, {"question": "Why?", "answer": " "}])
+    with pytest.raises(UserError, match="'question'"):
+        read(f"c{Path(name).suffix}", [{"prompt": "Why?", "answer": "So."}])
 
 
 def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
