@@ -60,9 +60,9 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
 
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
         sample = await grow_trees(settings, results, llm, roots, Counter(root for short in rounds for root in short))
-        await make_pairs(settings, results, llm, roots, sample)
+        made = await make_pairs(settings, results, llm, roots, sample)
         print_calls(llm, time.monotonic() - started)
-        results.record.finish("step 1", refills=len(rounds))
+        results.record.finish("step 1", refills=len(rounds), pairs=made)
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
 
 
@@ -87,11 +87,11 @@ async def grow_trees(
             async def ask(request: Request) -> Reply:
                 reply = await llm.ask(request)
                 progress.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
-                share.step()
+                share.fill(1)
                 return reply
 
             grown = await fill_root(ask, prompts_for(root.text, settings.language), root, rules, refills[root.root])
-            share.finish()
+            share.fill(share.left)
             return grown
 
         async for root, grown in map_in_order(fill, roots, 2 * settings.max_in_flight):
@@ -106,8 +106,8 @@ async def grow_trees(
 
 async def make_pairs(
     settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[Query]
-) -> None:
-    """Makes the scorer's pairs, as many of each kind where that is possible, and writes them."""
+) -> int:
+    """Makes the scorer's pairs, as many of each kind where that is possible, and writes them; returns their number."""
     made: dict[str, list[ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}
     lost: Counter[str] = Counter()
     outcomes = pairs.make_pairs(
@@ -130,10 +130,9 @@ async def make_pairs(
     kept = pairs.balance(made)
     results.write_pairs(kept)
     lost["left out for balance"] = sum(map(len, made.values())) - len(kept)
-    thrown_away = f"; thrown away: {format_counts(+lost)}" if +lost else ""
-    print(
-        f"pairs:   {len(kept):,} for the scorer: {format_counts(Counter(p.type for p in kept)) or 'none'}{thrown_away}"
-    )
+    kinds = format_counts(Counter(pair.type for pair in kept)) or "none"
+    print(f"pairs:   {len(kept):,} for the scorer: {kinds}{f'; thrown away: {format_counts(+lost)}' if +lost else ''}")
+    return len(kept)
 
 
 if __name__ == "__main__":

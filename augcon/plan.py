@@ -56,13 +56,8 @@ def check(settings: Settings, gpus: int) -> None:
     For a corpus or examples that cannot be read, and for results made with other settings, examples or texts, unless
     --redo agrees to replace them.
     """
-    from augcon.run.inputs import (
-        CorpusRules,
-        answer_inputs,
-        read_examples,  # these take seconds to import, and `needed` does without
-        read_roots,
-        tree_inputs,
-    )
+    # This takes seconds to import, and `needed` does without.
+    from augcon.run.inputs import CorpusRules, answer_inputs, read_examples, read_roots, tree_inputs
 
     results = Results(settings.results)
     roots = read_roots(pick(CorpusRules, settings), Counter())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
-from augcon.files import new_file, read_dataset, read_json, read_lines, write_dataset
+from augcon.files import digest, new_file, read_dataset, read_json, read_lines, write_dataset
 from augcon.run.record import Record
 
 STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
@@ -105,9 +105,10 @@ class Results:
         queries: dict[int, list[Query]] = {}
         for root, pairs in listed.items():
             queries[root] = []
-            for number, (context, text) in enumerate(pairs):
+            for context, text in pairs:
                 known = ids[root, context, text]
-                queries[root].append(Query(known.pop(0) if known else f"{root}:added:{number}", root, context, text))
+                id_ = known.pop(0) if known else f"{root}:added:{digest(context, text)[:8]}"
+                queries[root].append(Query(id_, root, context, text))
         return queries
 
     def write_queries(self, path: Path, queries: Mapping[int, Sequence[Query]]) -> None:
