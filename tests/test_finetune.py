@@ -364,7 +364,7 @@ def test_pairs_come_from_a_dataset_or_a_file_of_any_kind(name: str, tmp_path: Pa
         return read_all(str(write_rows(tmp_path / name, rows)), Pair, "--data")
 
     assert read(name, [{**row, "more": 1} for row in ROWS]) == [Pair(**row) for row in ROWS]
-    with pytest.raises(UserError, match=rf"--data: row 3 of .*b{Path(name).suffix}: 'answer' must be a text"):
+    with pytest.raises(UserError, match=r"--data .*b.*row 3.*'answer' must be a text"):
         read(f"b{Path(name).suffix}", [*ROWS, {"question": "Why?", "answer": " "}])
     with pytest.raises(UserError, match="'question'"):
         read(f"c{Path(name).suffix}", [{"prompt": "Why?", "answer": "So."}])
