@@ -11,13 +11,13 @@ class UserError(Exception):
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """An exception or any text, folded to one line of at most ``limit`` characters."""
+    """The text of an exception, folded to one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def stage(main: Callable[[], None]) -> Callable[[], None]:
-    """Makes a script's ``main`` end with one line and a non-zero status on what a user can mend."""
+    """Makes a script's ``main`` end with one line and a non-zero status on what a user can mend, and when stopped."""
 
     @functools.wraps(main)
     def run() -> None:
@@ -25,9 +25,9 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             main()
         except UserError as error:
             sys.exit(f"error: {error}")
-        except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            print("\nstopped; run the same command again to continue", file=sys.stderr)
+            sys.exit(stop.args[0] if stop.args else 130)
         except BrokenPipeError:
             sys.exit(141)
 

@@ -19,28 +19,21 @@ async def map_in_order(
     is. The first exception, wherever it arises, ends all.
     """
     begun: deque[tuple[Item, asyncio.Task[Result]]] = deque()
+    ended: asyncio.Queue[asyncio.Task[Result]] = asyncio.Queue()
     source = iter(items)
-    failed: asyncio.Future[BaseException] = asyncio.get_running_loop().create_future()
-
-    def notice(task: asyncio.Task[Result]) -> None:
-        if not task.cancelled() and (error := task.exception()) and not failed.done():
-            failed.set_result(error)
-
     try:
         while True:
             for item in itertools.islice(source, window - len(begun)):
                 task = asyncio.ensure_future(function(item))
-                task.add_done_callback(notice)
+                task.add_done_callback(ended.put_nowait)
                 begun.append((item, task))
             if not begun:
                 return
-            await asyncio.wait({begun[0][1], failed}, return_when=asyncio.FIRST_COMPLETED)  # type: ignore[type-var]
-            if failed.done():
-                raise failed.result()
+            while not begun[0][1].done() or not ended.empty():
+                (await ended.get()).result()  # raises what the call raised
             item, task = begun.popleft()
             yield item, task.result()
     finally:
-        failed.cancel()
         for _, task in begun:
             task.cancel()
         await asyncio.gather(*(task for _, task in begun), return_exceptions=True)

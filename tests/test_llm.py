@@ -524,6 +524,7 @@ def test_the_model_is_found_or_those_on_offer_are_listed(store: Store):
 @pytest.mark.parametrize(
     "listing",
     [
+        refuses(403),  # a key that may ask, but not list
         refuses(404),
         refuses(405),
         refuses(503),
@@ -560,7 +561,11 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
 
 def test_a_refused_key_is_said_on_connecting(store: Store):
     async def main() -> None:
-        async with ScriptedServer(echo, models=refuses(401)) as server, LLM(Endpoint(server.url), store) as llm:
+        refusal = refuses(401)
+        async with (
+            ScriptedServer(always(refusal), models=refusal) as server,
+            LLM(Endpoint(server.url), store) as llm,
+        ):
             with pytest.raises(UserError, match="AUGCON_API_KEY"):
                 await llm.connect("model")
 

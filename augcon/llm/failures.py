@@ -1,9 +1,9 @@
 """What a failed call means: whether a retry can help, and what it is called in counts and messages."""
 
 import email.utils
-import math
 import re
 import time
+from collections.abc import Iterable
 
 import aiohttp
 import openai
@@ -18,7 +18,6 @@ class BadReply(Exception):
 
 NO_ANSWER = (openai.APIConnectionError, aiohttp.ClientError, TimeoutError)
 FAILURES = (*NO_ANSWER, openai.APIError, BadReply)  # of a call, as opposed to errors in the program
-WRONG_KEY = (openai.AuthenticationError, openai.PermissionDeniedError)
 TEMPORARY = {408, 409, 425, 429}  # statuses worth a retry, besides those from 500 on
 
 # How servers say that a prompt does not fit the model (vLLM, OpenAI, llama.cpp, TGI, Gemini, ...).
@@ -29,7 +28,9 @@ TOO_LONG = re.compile(
 )
 
 
-def final(error: Exception, accepted: bool, api_base: str, model: str, served: list[str]) -> Refused | UserError | None:
+def final(
+    error: Exception, accepted: bool, api_base: str, model: str, served: Iterable[str]
+) -> Refused | UserError | None:
     """What to raise for a failure that no retry can mend; None for any other.
 
     ``accepted``: the server has answered other requests with the same parameters, so that a refusal concerns this
@@ -38,13 +39,13 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: l
     if not isinstance(error, openai.APIStatusError):
         return None
     status, message = error.status_code, describe(error)
-    if isinstance(error, WRONG_KEY):
-        return wrong_key(error, api_base)
+    if status in {401, 403}:
+        return UserError(f"the server at {api_base} refuses the key (status {status}); set AUGCON_API_KEY or --api-key")
     if error.code == "insufficient_quota":
         return UserError(
             f"the quota of the key for {api_base} is used up ({message}); raise it or set another --api-key"
         )
-    if is_too_long(error):
+    if status == 413 or TOO_LONG.search(str(error.body)):
         return Refused("context too long for the model")
     if status >= 500 or status in TEMPORARY:
         return None
@@ -60,39 +61,19 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: l
     return UserError(f"the server at {api_base} refuses all requests of this kind (status {status}): {message}")
 
 
-def wrong_key(error: openai.APIStatusError, api_base: str) -> UserError:
-    """The error for a server that does not accept the key."""
-    return UserError(
-        f"the server at {api_base} refuses the key (status {error.status_code}); set AUGCON_API_KEY or --api-key"
-    )
-
-
-def unknown_model(model: str, api_base: str, served: list[str], detail: str = "") -> UserError:
+def unknown_model(model: str, api_base: str, served: Iterable[str], detail: str = "") -> UserError:
     """The error for a server that does not serve ``model``; ``detail`` may quote what the server says."""
     choice = f"; it serves {', '.join(map(repr, served))}" if served else ""
     return UserError(f"the server at {api_base} does not serve {model!r}{detail}{choice}; name one with --api-model")
 
 
-def is_too_long(error: openai.APIStatusError) -> bool:
-    """Whether the prompt does not fit the model."""
-    return error.status_code == 413 or bool(TOO_LONG.search(str(error.body)))
-
-
-def is_refusal(error: Exception) -> bool:
-    """Whether the server refuses a request for something other than its length."""
-    return isinstance(error, openai.APIStatusError) and error.status_code in {400, 422} and not is_too_long(error)
-
-
 def describe(error: Exception) -> str:
     """A failure in one line: the server's own message, or the cause where the client only says "Connection error."."""
-    if isinstance(error, openai.APIConnectionError):
-        return one_line(error.__cause__ or error)
-    if not isinstance(error, openai.APIStatusError):
-        return one_line(error)
-    message = error.body
+    message = getattr(error, "body", None)
     if isinstance(message, dict):  # of OpenAI's form or FastAPI's
         message = message.get("message") or message.get("detail")
-    return one_line(Exception(message or error.message))
+    cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else None
+    return one_line(message or cause or error)
 
 
 def kind(error: Exception) -> str:
@@ -106,13 +87,12 @@ def kind(error: Exception) -> str:
     return "timeout" if timeout and type(error.__cause__).__name__ != "ConnectTimeout" else "connection lost"
 
 
-def retry_after(error: Exception, limit: float) -> float | None:
-    """Seconds that the server asks to wait (header Retry-After, in seconds or as a date), at most ``limit``."""
-    if not isinstance(error, openai.APIStatusError) or not (value := error.response.headers.get("retry-after")):
-        return None
+def retry_after(error: Exception, most: float) -> float:
+    """Seconds, at most ``most``, that the server asks to wait (header Retry-After, in seconds or as a date); or 0."""
+    header = error.response.headers.get("retry-after", "") if isinstance(error, openai.APIStatusError) else ""
     try:
-        date = email.utils.parsedate_tz(value)
-        seconds = email.utils.mktime_tz(date) - time.time() if date else float(value)
+        date = email.utils.parsedate_tz(header)
+        seconds = email.utils.mktime_tz(date) - time.time() if date else float(header)
     except (ValueError, OverflowError):
-        return None
-    return None if math.isnan(seconds) else min(max(seconds, 0.0), limit)
+        return 0
+    return min(max(0, seconds), most)  # in this order, 0 where it is not a number

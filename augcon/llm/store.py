@@ -3,7 +3,9 @@
 SQLite in WAL mode, one commit for each reply. That takes 50 microseconds, hardly more than handing it to a thread.
 """
 
+import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 
 from augcon.errors import UserError, one_line
@@ -16,16 +18,14 @@ class Store:
         self._path = path
 
     def __enter__(self) -> "Store":
-        try:
+        with self._one_line():
             self._connection = sqlite3.connect(self._path, isolation_level=None, timeout=30)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute(
-                "CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID"
-            )
-            self._connection.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
+            self._connection.executescript("""
+                PRAGMA journal_mode = WAL;
+                PRAGMA synchronous = NORMAL;
+                CREATE TABLE IF NOT EXISTS replies (key BLOB PRIMARY KEY, reply TEXT NOT NULL) WITHOUT ROWID;
+            """)
+        self._connection.text_factory = lambda text: text.decode("utf-8", "surrogatepass")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -33,22 +33,22 @@ class Store:
 
     def get(self, key: bytes) -> str | None:
         """The reply stored under ``key``, or None."""
-        try:
+        with self._one_line():
             row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
         return row[0] if row else None
 
     def put(self, key: bytes, reply: str) -> None:
         """Stores a reply. It is committed when this returns, and survives a kill of this process."""
         data = reply.encode("utf-8", "surrogatepass")
-        try:
+        with self._one_line():
             self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, CAST(? AS TEXT))", (key, data))
-        except sqlite3.Error as error:
-            raise self._unusable(error) from error
 
-    def _unusable(self, error: sqlite3.Error) -> UserError:
-        return UserError(
-            f"the reply store {self._path} cannot be used ({one_line(error)}); "
-            "check the free space and the permissions on its disk, then run the same command again"
-        )
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(
+                f"the reply store {self._path} cannot be used ({one_line(error)}); "
+                "check the free space and the permissions on its disk, then run the same command again"
+            ) from error
