@@ -43,7 +43,7 @@ class Query:
     """A question about a context. ``id`` is ``root:pass:path``, made by the tree, and stays with the query.
 
     ``path`` leads from the root context to the node: "" is the root itself, "12" the second half of the first.
-    A query that a person added to a file of queries has the id ``root:added:number``.
+    A query that a person added to a file of queries has the id ``root:added:digest``.
     """
 
     id: str
@@ -61,6 +61,14 @@ class Query:
     def path(self) -> str | None:
         """The path of its node; None for one added by hand."""
         return None if self.pass_number is None else self.id.rpartition(":")[2]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Split:
+    """A reply about a context: the query, and the context in two halves, of which the second may be empty."""
+
+    query: str
+    halves: tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from augcon.data import Example
-from augcon.text.checks import check_answer, is_refusal, mentions_text, parse_answer
+from augcon.text.checks import is_refusal, mentions_text, parse_answer
 from augcon.text.parse import Unparseable
 from augcon.text.prompts import load_prompts
 
@@ -48,12 +48,6 @@ def test_the_answer_follows_the_language_of_the_question():
     assert fault("The wrap is called 蜂蜡布 in Chinese.", "What is beeswax wrap called there?") == ""
     assert fault("MySQL", "这套系统用的是什么数据库？") == ""
     assert fault("用的是 MySQL 5.7 和 Redis。", "这套系统用的是什么数据库？") == ""
-
-
-def test_an_answer_without_its_reply_is_checked_too():
-    check_answer("用冷水洗。", CONTEXT, QUESTION)
-    with pytest.raises(Unparseable, match="refusal"):
-        check_answer("抱歉，我无法回答这个问题。", CONTEXT, QUESTION)
 
 
 def test_an_example_s_answer_is_no_answer_unless_its_question_was_asked():

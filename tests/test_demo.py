@@ -197,9 +197,9 @@ def test_a_weaker_prompt_gets_mostly_questions_that_say_less_of_the_context(prom
 def grow(context: str, seed: int, prompts: Prompts) -> Iterator[str]:
     """The questions of a tree, as AugCon reads them."""
     if length(context) >= 20:
-        asked, halves = parse_split(reply_to(prompts.cst_messages(context), seed).text, prompts)
-        yield asked
-        for half in halves if halves[1] else ():
+        split = parse_split(reply_to(prompts.cst_messages(context), seed).text, prompts)
+        yield split.query
+        for half in split.halves if split.halves[1] else ():
             yield from grow(half, seed, prompts)
 
 

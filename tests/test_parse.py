@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from augcon.data import Grades
+from augcon.data import Grades, Split
 from augcon.text.parse import (
     GRADE_LABELS,
     Unparseable,
@@ -100,7 +100,7 @@ USELESS = {
 
 @pytest.mark.parametrize("reply", UGLY.values(), ids=UGLY)
 def test_ugly_replies_are_read(reply):
-    assert parse_split(reply, ZH) == (Q, (A, B))
+    assert parse_split(reply, ZH) == Split(Q, (A, B))
     assert parse_question(reply, ZH) == Q
 
 
@@ -111,15 +111,15 @@ def test_useless_replies_are_refused_with_the_reason(reply, reason):
 
 
 def test_english_replies_are_read_with_labels_of_either_language():
-    said = ("Why does it open at six?", ("The shop opens at six.", "Workers eat early."))
+    said = Split("Why does it open at six?", ("The shop opens at six.", "Workers eat early."))
     for form in ("Question: {}\nPart 1: {}\nPart 2: {}", "**QUESTION**\n{}\n**Part One:** {}\n**PART TWO:** {}"):
-        assert parse_split(form.format(said[0], *said[1]), EN) == said
+        assert parse_split(form.format(said.query, *said.halves), EN) == said
     for form in (
         "Query: {}\nPassage A: {}\nPassage B: {}",
         "问题：{}\n片段1：{}\n片段2：{}",
         "Q: {}\n文本1：{}\n文本2：{}",
     ):
-        assert parse_split(form.format(said[0], *said[1]), EN) == said
+        assert parse_split(form.format(said.query, *said.halves), EN) == said
 
 
 EMPTY = ["", "空", "（空）", "无", "（无）", "(empty)", "None", "N/A", "-"]
@@ -127,29 +127,29 @@ EMPTY = ["", "空", "（空）", "无", "（无）", "(empty)", "None", "N/A", "
 
 @pytest.mark.parametrize("empty", [*EMPTY, " ", "\n\n", "---", "```", "**"])
 def test_a_half_may_be_empty(empty):
-    assert parse_split(f"问题：{Q}\n片段1：{A}\n片段2：{empty}", ZH) == (Q, (A, ""))
+    assert parse_split(f"问题：{Q}\n片段1：{A}\n片段2：{empty}", ZH) == Split(Q, (A, ""))
 
 
 def test_halves_keep_their_lines_and_marks():
     first = "一、标题\n\n- 甲\n- 乙\n---\n“引文”\n> 丙\n```\ncode: x\n```"
     second = "**粗体**的字\n\n\n| 表 | 格 |\n{a: 1}"
-    assert parse_split(ZH.cst_reply(Q, (first, second)), ZH) == (Q, (first, second))
+    assert parse_split(ZH.cst_reply(Q, (first, second)), ZH) == Split(Q, (first, second))
 
 
 def test_labels_in_the_midst_of_a_line_are_text():
     halves = ("他问：问题：为什么？片段2：没有。", "见片段1：第三行；Part 2: none.")
-    assert parse_split(ZH.cst_reply(Q, halves), ZH) == (Q, halves)
+    assert parse_split(ZH.cst_reply(Q, halves), ZH) == Split(Q, halves)
 
 
 def test_other_words_for_a_label_are_text_where_ours_are_there():
     halves = ("甲说。\n文本2：附件\nPart 2: annex\n问：谁？\n段落1：总则", "乙说。\n片段1：附录\nQuestion: who?")
-    assert parse_split(ZH.cst_reply(Q, halves), ZH) == (Q, halves)
+    assert parse_split(ZH.cst_reply(Q, halves), ZH) == Split(Q, halves)
     assert parse_question(f"问题：{Q}\nPart 1 of the story is long.\n片段1：{A}", ZH) == Q
 
 
 def test_a_half_that_holds_our_label_loses_nothing():
-    _, halves = parse_split(f"问题：{Q}\n片段1：{A}\n片段2：假的\n片段2：{B}", ZH)
-    assert halves == (A, f"假的\n片段2：{B}")
+    split = parse_split(f"问题：{Q}\n片段1：{A}\n片段2：假的\n片段2：{B}", ZH)
+    assert split.halves == (A, f"假的\n片段2：{B}")
 
 
 def test_a_question_may_end_the_reply():
@@ -170,7 +170,7 @@ def test_replies_of_a_real_model_are_read(row):
     prompts = load_prompts(row["language"])
     assert parse_question(row["reply"], prompts) == row["question"]
     if "halves" in row:
-        assert parse_split(row["reply"], prompts) == (row["question"], tuple(row["halves"]))
+        assert parse_split(row["reply"], prompts) == Split(row["question"], tuple(row["halves"]))
 
 
 # Any text
@@ -194,7 +194,7 @@ def test_well_formed_replies_round_trip(language: Language, question, first, sec
     prompts = load_prompts(language)
     assume(len(question) >= 5 and re.search(r"\w", question) and question[0] not in '（([【“"「')
     assume(not {first, second} & set(EMPTY[1:]))
-    assert parse_split(prompts.cst_reply(question, (first, second)), prompts) == (question, (first, second))
+    assert parse_split(prompts.cst_reply(question, (first, second)), prompts) == Split(question, (first, second))
 
 
 @settings(deadline=None)
@@ -229,7 +229,7 @@ REPEATED += ["\n---", "\n***", "** ", "* ", "1. ", "<think>", "</think>", "【",
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("repeated", REPEATED)
+@pytest.mark.parametrize("repeated", [*REPEATED, ",", "/", "分", "相关性：4\n"])
 def test_what_a_model_repeats_without_end_does_not_hang(repeated):
     run = (repeated * 100_000)[:100_000]
     replies = [run, f"问题{run}x", f"**问题{run}x", f"{run}{FORM}", f"问题：{run}？\n片段1：甲\n片段2：乙"]
@@ -238,6 +238,10 @@ def test_what_a_model_repeats_without_end_does_not_hang(repeated):
         for parse in (parse_split, parse_question):
             with contextlib.suppress(Unparseable):
                 parse(reply, ZH)
+    for judged in (run, f"评分：8{run}x", f"相关性：4{run}准确性：5{run}满意度{run}3{run}x", f"结论{run}一更好{run}x"):
+        for parse in (lambda said, _: parse_grade(said, GRADE_LABELS), parse_grades, parse_verdict):
+            with contextlib.suppress(Unparseable):
+                parse(judged, ZH)
 
 
 # Answers
@@ -315,10 +319,10 @@ def test_anything_else_is_no_grade(reply: str):
 @given(st.text(max_size=60))
 def test_a_grade_is_in_its_range_and_made_of_the_reply_s_only_number(reply: str):
     try:
-        grade = parse_grade(reply, GRADE_LABELS, 1, 5)
+        grade = parse_grade(reply, GRADE_LABELS)
     except Unparseable:
         return
-    assert 1 <= grade <= 5 and str(grade) in unicodedata.normalize("NFKC", reply)
+    assert 1 <= grade <= 10 and str(grade) in unicodedata.normalize("NFKC", reply)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_length_of_english_is_its_word_count(spaced):
 
 
 def test_size_counts_long_runs_by_their_characters():
-    assert size("ไ" * 25 + " word 字", 12) == 3 + 1 + 1
+    assert size("ไ" * 25 + " word 字") == 3 + 1 + 1
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Articles → root contexts with their quota (paper section 3.2; how an article is cut is AugCon's own)."""
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator
 
 from augcon.data import Article, RootContext
-from augcon.text.units import length, paragraphs, sentences, size, units
+from augcon.text.units import CHARACTERS_PER_UNIT, length, paragraphs, sentences, size, units
 
 SHORT = 20  # a context under this length would bear no query (the paper's λ): avoided where possible
-CHARACTERS_PER_UNIT = 12  # in a run without spaces: a page of Thai must not pass for one word
 _MID_PARAGRAPH = 1.0  # cost of a cut inside a paragraph, in units of one empty context
 _TOO_SHORT = 2.0
 
@@ -16,12 +16,12 @@ _TOO_SHORT = 2.0
 def split_article(article: str, max_length: int) -> list[str]:
     """Cuts an article into contexts of at most ``max_length``; joined in order, they give it back exactly.
 
-    Cuts fall at paragraph ends, else at sentence ends, else (one sentence alone too long) inside it. As a
-    typesetter breaks a paragraph into lines, the cuts are chosen together: few and evenly filled contexts,
-    whole paragraphs where that is possible, none too short to bear a query. Time is linear in the article.
+    Cuts fall at the ends of paragraphs, else of sentences, and inside a sentence only if it is too long. They are
+    chosen together, as a typesetter breaks a paragraph into lines: few and evenly filled contexts, whole paragraphs
+    where possible, none too short to bear a query.
     """
     pieces = _pieces(article, max_length)
-    sizes = [_size(piece) for piece in pieces]
+    sizes = list(map(size, pieces))
     best = [0.0] + [math.inf] * len(pieces)
     cut_before = [0] * (len(pieces) + 1)
     for end in range(1, len(pieces) + 1):
@@ -42,43 +42,30 @@ def split_article(article: str, max_length: int) -> list[str]:
     return contexts[::-1]
 
 
-def _size(piece: str) -> int:
-    return size(piece, CHARACTERS_PER_UNIT)
-
-
 def _pieces(article: str, max_length: int) -> list[str]:
     """What is not cut further: sentences, or parts of those that are too long; the tiniest glued together."""
     pieces: list[str] = []
-    tiny = min(SHORT, max_length // 25)
-    for paragraph in paragraphs(article):
-        for sentence in sentences(paragraph):
-            for part in [sentence] if _size(sentence) <= max_length else _hard_cut(sentence, max(1, max_length // 10)):
-                if pieces and _size(pieces[-1]) < tiny and _size(pieces[-1] + part) <= max_length:
-                    pieces[-1] += part
-                else:
-                    pieces.append(part)
+    tiny, fine = min(SHORT, max_length // 25), max(1, max_length // 10)
+    for sentence in itertools.chain.from_iterable(map(sentences, paragraphs(article))):
+        for part in [sentence] if size(sentence) <= max_length else _hard_cut(sentence, fine):
+            if pieces and size(pieces[-1]) < tiny and size(pieces[-1] + part) <= max_length:
+                pieces[-1] += part
+            else:
+                pieces.append(part)
     return pieces
 
 
-def _hard_cut(sentence: str, limit: int) -> Iterator[str]:
-    """Cuts a sentence between its units into parts of at most ``limit``, fine enough to choose the cuts among."""
-    part, filled = "", 0
-    for unit in units(sentence):
-        for piece in re.findall(rf"\s*\S{{1,{limit * CHARACTERS_PER_UNIT}}}\s*", unit):
-            if part and filled + _size(piece) > limit:
-                yield part
-                part, filled = "", 0
-            part += piece
-            filled += _size(piece)
-    if part:
-        yield part
+def _hard_cut(sentence: str, fine: int) -> Iterator[str]:
+    """Cuts a sentence between its units into parts of about ``fine``, among whose ends the cuts are chosen."""
+    run = re.compile(rf"\s*\S{{1,{fine * CHARACTERS_PER_UNIT}}}\s*")
+    pieces = [piece for unit in units(sentence) for piece in run.findall(unit)]
+    before = itertools.accumulate(map(size, pieces), initial=0)
+    for _, part in itertools.groupby(zip(pieces, before, strict=False), lambda placed: placed[1] // fine):
+        yield "".join(piece for piece, _ in part)
 
 
 def split_corpus(articles: Iterable[Article], max_length: int, quota_unit: int) -> Iterator[RootContext]:
-    """The root contexts of all articles, in their order.
-
-    The quota of a root context is one pair for each ``quota_unit`` of its length, rounded up.
-    """
+    """The root contexts of all articles in order, each with a quota of one pair per ``quota_unit`` of its length."""
     root = 0
     for article in articles:
         start = 0

@@ -32,8 +32,7 @@ async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: JudgeRules) -> Gr
 
 def coins(number: int, seed: int) -> list[bool]:
     """Whether to swap the two answers to each of ``number`` questions, at random: judges prefer places."""
-    coin = random.Random(seed)
-    return [coin.random() < 0.5 for _ in range(number)]
+    return random.Random(seed).choices((True, False), k=number)
 
 
 async def compare(ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped: bool, rules: JudgeRules) -> int | str:

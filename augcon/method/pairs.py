@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TypedDict
+from typing import Any
 
 from augcon.data import Ask, Query, Request, ScorerPair
 from augcon.method.ask import ask_until_parsed
@@ -11,15 +11,7 @@ from augcon.ordered import map_in_order
 from augcon.text.parse import parse_question
 from augcon.text.prompts import Prompts
 
-
-class Weaker(TypedDict, total=False):
-    """What is weaker in a prompt; see ``Prompts.cst_messages``."""
-
-    weak: bool
-    examples: int
-
-
-NEGATIVES: dict[str, Weaker] = {
+NEGATIVES: dict[str, dict[str, Any]] = {  # what is weaker in the prompt; see ``Prompts.cst_messages``
     "weak instruction": {"weak": True},
     "one example": {"examples": 1},
     "both": {"weak": True, "examples": 1},

@@ -2,10 +2,11 @@
 
 import asyncio
 import dataclasses
+import functools
 from collections import Counter
 
-from augcon.data import Ask, Node, Outcome, Query, Request, RootContext
-from augcon.method.ask import Asked, ask_until_parsed
+from augcon.data import Ask, Node, Query, Request, RootContext
+from augcon.method.ask import ask_until_parsed
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
 from augcon.text.parse import parse_split
 from augcon.text.prompts import Prompts
@@ -27,9 +28,9 @@ class TreeRules:
     max_length: int = 500  # of a root context: bounds the halves where the server enforces the form of replies
 
 
-# A tree must stay linear in its text even if a model returns two halves that are each nearly the whole. So
-# each node has a share of its root's length: halves divide it by their lengths, and a half never takes more
-# than nine tenths. Honest halves keep a share near their length; a share used up counts as too short.
+# A tree must stay linear in its text even if a model returns two halves that are each nearly the whole. So each node
+# has a share of its root's length: halves divide it by their lengths, but none takes more than nine tenths. Honest
+# halves keep a share near their length; a share used up counts as too short.
 _LARGEST_HALF = 0.9
 _SMALLEST_SHARE = 0.25  # of min_length
 
@@ -45,54 +46,6 @@ class _Spot:
     share: float
 
 
-class _Tree:
-    """One tree over a root context; ``pass_number`` draws fresh samples."""
-
-    def __init__(self, ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int) -> None:
-        self.ask, self.prompts, self.root, self.rules, self.pass_number = ask, prompts, root, rules, pass_number
-
-    async def grow(self, spot: _Spot) -> list[Node]:
-        """The node at a spot and all below it, in the order of their paths."""
-        if spot.size < self.rules.min_length:
-            return [self.node(spot, "too short")]
-        if spot.share < _SMALLEST_SHARE * self.rules.min_length:
-            return [self.node(spot, "too short", detail="share of the root used up")]
-        asked = await self.query_and_split(spot.context)
-        if asked.value is None:
-            outcome: Outcome = "failed" if asked.refused else "not parseable"
-            return [self.node(spot, outcome, detail=asked.reason, tries=asked.tries)]
-        query, halves = asked.value
-        sizes = [length(half) for half in halves]
-        if max(sizes) >= spot.size:
-            return [self.node(spot, "done", query, "not shorter", asked.tries)]
-        cuts = [words(half) for half in halves]
-        if min(rouge_l_precision(cut, spot.words) for cut in cuts) < self.rules.rouge_threshold:
-            return [self.node(spot, "hallucinated", query, tries=asked.tries)]
-        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
-        spots = [_Spot(half, sizes[i], cuts[i], f"{spot.path}{i + 1}", shares[i]) for i, half in enumerate(halves)]
-        if min(sizes) < self.rules.min_length:  # at most one of them is asked: no need for two tasks
-            first, second = [await self.grow(half) for half in spots]
-        else:
-            first, second = await asyncio.gather(*map(self.grow, spots))
-        return [self.node(spot, "done", query, tries=asked.tries), *first, *second]
-
-    async def query_and_split(self, context: str) -> Asked[tuple[str, tuple[str, str]]]:
-        """The one call of a node: its query and its halves."""
-        rules, prompts = self.rules, self.prompts
-        request = Request(
-            prompts.cst_messages(context),
-            rules.query_temperature,
-            rules.query_max_tokens,
-            sample=self.pass_number * rules.tries,
-            text_end=prompts.end_of_reply(),
-            pattern=prompts.cst_pattern(rules.max_length) if rules.structured_output else None,
-        )
-        return await ask_until_parsed(self.ask, request, rules.tries, lambda text: parse_split(text, prompts))
-
-    def node(self, spot: _Spot, outcome: Outcome, query: str | None = None, detail: str = "", tries: int = 0) -> Node:
-        return Node(self.root.root, self.pass_number, spot.path, spot.context, query, outcome, detail, tries)
-
-
 async def grow_tree(
     ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
 ) -> list[Node]:
@@ -100,9 +53,38 @@ async def grow_tree(
 
     ``pass_number`` draws fresh samples. Raises what ``ask`` raises, except Refused, which ends a node.
     """
+
+    async def grow(spot: _Spot) -> list[Node]:
+        node = functools.partial(Node, root.root, pass_number, spot.path, spot.context)
+        if spot.size < rules.min_length:
+            return [node(None, "too short")]
+        if spot.share < _SMALLEST_SHARE * rules.min_length:
+            return [node(None, "too short", "share of the root used up")]
+        request = Request(
+            prompts.cst_messages(spot.context),
+            rules.query_temperature,
+            rules.query_max_tokens,
+            sample=pass_number * rules.tries,
+            text_end=prompts.end_of_reply(),
+            pattern=prompts.cst_pattern(rules.max_length) if rules.structured_output else None,
+        )
+        asked = await ask_until_parsed(ask, request, rules.tries, lambda text: parse_split(text, prompts))
+        if asked.value is None:
+            return [node(None, "failed" if asked.refused else "not parseable", asked.reason, asked.tries)]
+        query, halves = asked.value.query, asked.value.halves
+        sizes = [length(half) for half in halves]
+        if max(sizes) >= spot.size:
+            return [node(query, "done", "not shorter", asked.tries)]
+        cuts = [words(half) for half in halves]
+        if min(rouge_l_precision(cut, spot.words) for cut in cuts) < rules.rouge_threshold:
+            return [node(query, "hallucinated", tries=asked.tries)]
+        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
+        below = map(_Spot, halves, sizes, cuts, (f"{spot.path}1", f"{spot.path}2"), shares)
+        first, second = await asyncio.gather(*map(grow, below))
+        return [node(query, "done", tries=asked.tries), *first, *second]
+
     context = root.text.strip()
-    spot = _Spot(context, root.length, words(context), "", root.length)
-    return await _Tree(ask, prompts, root, rules, pass_number).grow(spot)
+    return await grow(_Spot(context, root.length, words(context), "", root.length))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,14 +13,8 @@ ALIKE = 0.9  # from this similarity by characters on, an answer counts as copied
 
 
 def parse_answer(reply: str, context: str, question: str, prompts: Prompts, shown: Sequence[Example] = ()) -> str:
-    """The checked answer in a reply. Raises Unparseable as ``bare_answer`` and ``check_answer``."""
+    """The answer in a reply. Raises Unparseable if it is no use by itself; ``shown`` are the prompt's examples."""
     answer = bare_answer(reply, question, prompts)
-    check_answer(answer, context, question, shown)
-    return answer
-
-
-def check_answer(answer: str, context: str, question: str, shown: Sequence[Example] = ()) -> None:
-    """Raises Unparseable, with the reason, if an answer is no use by itself; ``shown`` are the prompt's examples."""
     if disarm(answer) != answer:
         raise Unparseable("control mark")
     if mentions_text(answer, context, question):
@@ -33,6 +27,7 @@ def check_answer(answer: str, context: str, question: str, shown: Sequence[Examp
         alike = Indel.normalized_similarity(answer, example.answer, score_cutoff=ALIKE)
         if alike and question != example.question:
             raise Unparseable("answer of an example")
+    return answer
 
 
 def mentions_text(answer: str, context: str, question: str) -> bool:
@@ -58,8 +53,7 @@ def is_refusal(answer: str, context: str) -> bool:
 
 
 def _in_wrong_language(answer: str, question: str) -> bool:
-    """Whether a Chinese question got an answer without any Chinese, or an English one an answer mainly in Chinese."""
     cjk, latin = cjk_and_latin(answer)
     if language(question) == "zh":
-        return cjk == 0 and latin >= 3  # one or two words may be a name
+        return cjk == 0 and latin > 2  # one or two words may be a name
     return cjk > 2 * latin and cjk_and_latin(question)[0] == 0

@@ -1,7 +1,7 @@
 """What a model wrote → the query and the halves, an answer, a grade or a verdict, or the reason why there is none.
 
-Models add talk, markdown, other colons and thinking blocks, and contexts may contain anything, labels included. A part
-of a reply begins at the first line that starts with its label after the part before.
+Models add talk, markup and thinking blocks, and contexts may hold anything, labels included. So a part of a reply
+begins at the first line after the part before that starts with its label.
 """
 
 import functools
@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from augcon.data import Grades
+from augcon.data import Grades, Split
 from augcon.text.prompts import Prompts
 from augcon.text.units import clean
 
@@ -21,18 +21,19 @@ _QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
 _HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Text|Half)"
 _NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
 _ANSWER = ("答案", "回答", "答", "Answer")
+_IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?+"  # before and after a grade
 
 
 class Unparseable(Exception):
     """The reply has no usable content; the message is the reason, in a few words, for counting."""
 
 
-def parse_split(reply: str, prompts: Prompts) -> tuple[str, tuple[str, str]]:
+def parse_split(reply: str, prompts: Prompts) -> Split:
     """The query and its context's halves, stripped; a half may be empty. Raises Unparseable if a part is missing."""
     question, *halves = _parts(reply, prompts)
     if len(halves) < 2:
         raise Unparseable("no halves")
-    return _question(question, prompts), (_half(halves[0]), _half(halves[1]))
+    return Split(_question(question, prompts), (_half(halves[0]), _half(halves[1])))
 
 
 def parse_question(reply: str, prompts: Prompts) -> str:
@@ -46,7 +47,7 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
     if not visible and reply.strip():
         raise Unparseable("thinking not ended")
     first, _, rest = visible.partition("\n")
-    label = _label_line(_any_of(prompts.labels.question, "问题", "Question")).match(first)
+    label = _label_line(_any_of(prompts.labels.question, *_QUESTION)).match(first)
     if label and first[label.end() :].strip(" *") == question:
         visible = rest.strip()
     if label := _label_line(_any_of(prompts.labels.answer, *_ANSWER)).match(visible):
@@ -58,33 +59,23 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
     return visible
 
 
-def parse_grade(reply: str, labels: Sequence[str], lowest: int = 1, highest: int = 10) -> int:
-    """The whole number that a reply consists of, with or without label, markup, "分", "/10". Else Unparseable."""
-    label = rf"(?:{_any_of(*labels)})\s*(?::|是|为|\bis\b)?\s*"
-    grade = re.fullmatch(rf"(?:{label})?(\d{{1,2}})\s*(?:/\s*{highest}|分)?[.。]?", _plain(reply), re.IGNORECASE)
-    if not grade or not lowest <= int(grade[1]) <= highest:
-        raise Unparseable("no grade")
-    return int(grade[1])
+def parse_grade(reply: str, labels: Sequence[str]) -> int:
+    """The grade from 1 to 10 that a reply consists of, with or without label, markup, "分", "/10". Else Unparseable."""
+    return int(_whole(rf"(?:(?:{_any_of(*labels)}){_IS})?([1-9]|10){_OF.format(10)}", reply, "no grade")[1])
 
 
 def parse_grades(reply: str, prompts: Prompts) -> Grades:
     """The three grades that a reply consists of, each with its label, in the order asked for. Else Unparseable."""
-    lines = [line for part in re.split(r"[\n,;]+", _plain(reply)) if (line := part.strip())]
-    labels = [_plain(label) for label in prompts.judge.scores]
-    labelled = list(zip(lines, labels, strict=False))
-    if len(lines) != len(labels) or not all(line.casefold().startswith(label.casefold()) for line, label in labelled):
-        raise Unparseable("no three grades")
-    return Grades(*(parse_grade(line, [label], 1, 5) for line, label in labelled))
+    labels = (re.escape(_plain(label)) for label in prompts.judge.scores)
+    grades = r"[\s,;]++".join(rf"{label}{_IS}([1-5]){_OF.format(5)}" for label in labels)
+    return Grades(*map(int, _whole(grades, reply, "no three grades").groups()))
 
 
 def parse_verdict(reply: str, prompts: Prompts) -> int:
     """Which of ``judge.verdicts`` a reply consists of, with or without its label. Else Unparseable."""
-    label = re.escape(_plain(prompts.judge.verdict).casefold())
-    said = re.sub(rf"^{label}\s*:?\s*", "", _plain(reply).rstrip(".。").casefold())
-    verdicts = [_plain(verdict).casefold() for verdict in prompts.judge.verdicts]
-    if said not in verdicts:
-        raise Unparseable("no verdict")
-    return verdicts.index(said)
+    label, *verdicts = (_plain(words).casefold() for words in (prompts.judge.verdict, *prompts.judge.verdicts))
+    said = _whole(rf"(?:{re.escape(label)}{_IS})?({_any_of(*verdicts)})[.。]*", reply, "no verdict")
+    return verdicts.index(said[1].casefold())
 
 
 def without_thinking(reply: str) -> str:
@@ -93,9 +84,15 @@ def without_thinking(reply: str) -> str:
     return "" if re.match(r"\s*<think(?:ing)?>", visible) else visible
 
 
-def _plain(reply: str) -> str:
-    """The reply without thinking, markup and full-width forms."""
-    return re.sub(r"[*_`#>【】\[\]\"“”]", "", unicodedata.normalize("NFKC", without_thinking(reply))).strip()
+def _plain(text: str) -> str:
+    """The text without markup and full-width forms."""
+    return re.sub(r"[*_`#>【】\[\]\"“”]", "", unicodedata.normalize("NFKC", text)).strip(" \t\n,;")
+
+
+def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
+    if found := re.fullmatch(pattern, _plain(without_thinking(reply)), re.IGNORECASE):
+        return found
+    raise Unparseable(reason)
 
 
 def _parts(reply: str, prompts: Prompts) -> list[str]:

@@ -1,7 +1,4 @@
-"""Units of text: length, sentences, words, language.
-
-Everything works on Chinese (simplified and traditional), English and mixed text, in time linear in its length.
-"""
+"""Units of Chinese, English and mixed text: length, sentences, words, language. All take time linear in the text."""
 
 import functools
 import itertools
@@ -16,9 +13,8 @@ jieba.setLogLevel(logging.WARNING)
 
 Language = Literal["zh", "en"]
 
-# Han with its extensions, kana, hangul, bopomofo, CJK and full-width punctuation; and the marks that Chinese
-# shares with Latin text (curly quotes, dash, ellipsis, middle dot), but not the apostrophe inside a word.
-# The ideographic space U+3000 is white space like any other.
+# Han with its extensions, kana, hangul, bopomofo, CJK and full-width punctuation, but not the ideographic space U+3000;
+# and the marks that Chinese shares with Latin text, but not the apostrophe inside a word.
 _CJK = (
     "\u2e80-\u2fdf\u3001-\u303f\u3040-\u30ff\u3100-\u312f\u3130-\u318f\u31a0-\u31ff\u3200-\u4dbf"
     "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
@@ -26,20 +22,20 @@ _CJK = (
 _SHARED = "“”‘’—…·"
 _UNIT = re.compile(rf"(?:[^\s{_CJK}{_SHARED}]|(?<=[A-Za-z])’(?=[A-Za-z]))+|[{_CJK}{_SHARED}]")
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
+CHARACTERS_PER_UNIT = 12  # in a run without spaces, for ``size``
 
 
 def length(text: str) -> int:
-    """The length of a text in AugCon's unit: one per CJK character, one per run of other non-space characters.
+    """The length in AugCon's unit: one per CJK character (punctuation too), one per run of other non-space characters.
 
-    CJK punctuation counts as a CJK character. So the length of pure Chinese text is its number of characters (as in
-    the paper), and that of English text its number of words.
+    So pure Chinese text has the length that the paper gives it, its characters; and English text has its words.
     """
     return len(_UNIT.findall(text))
 
 
-def size(text: str, characters: int) -> int:
-    """The length of a text where a run counts one for every ``characters``: Thai or base64 is one run for a page."""
-    return sum(-(-len(unit) // characters) for unit in _UNIT.findall(text))
+def size(text: str) -> int:
+    """The length where a long run counts more than once: in Thai or base64, a page is a single run."""
+    return sum(1 + (len(unit) - 1) // CHARACTERS_PER_UNIT for unit in _UNIT.findall(text))
 
 
 def language(text: str) -> Language:
@@ -75,12 +71,11 @@ _SENTENCE_END = re.compile(
     rf"|(?<![.!?])[.!?]++[{_CLOSING}]*+(?:\s++|(?=[{_CJK}])|\Z)"
 )
 _ABBREVIATION = re.compile(
-    r"(?:^|[^A-Za-z])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|"
+    r"(?<![A-Za-z])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|"
     r"Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Mt|Gen|Col|Capt|Lt|Sgt|Rev|Hon|Gov|Sen|Rep|"
     r"vs|etc|al|cf|ca|approx|est|incl|resp|Fig|Figs|Eq|Sec|Ch|Vol|No|Nos|pp|Art|Ed|Eds|"
     r"Inc|Ltd|Co|Corp|Dept|Univ|Ave|Blvd|Rd|Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sep|Sept|Oct|Nov|Dec)$"
 )
-_LONGEST_ABBREVIATION = 16
 
 
 def sentences(text: str) -> list[str]:
@@ -92,13 +87,11 @@ def sentences(text: str) -> list[str]:
 def _ends_sentence(text: str, mark: re.Match[str]) -> bool:
     if not mark.group().startswith(".") or "\n" in mark.group() or mark.end() == len(text):
         return True
-    before = text[max(0, mark.start() - _LONGEST_ABBREVIATION) : mark.start()]
-    return not text[mark.end()].islower() and not _ABBREVIATION.search(before)
+    return not text[mark.end()].islower() and not _ABBREVIATION.search(text, max(0, mark.start() - 16), mark.start())
 
 
-# jieba itself cuts at everything outside this class and treats the blocks between one by one. Cutting block by block
-# gives the same words, and lets the blocks that a tree repeats level by level be cached. A block longer than any
-# context is cut short, because jieba's time grows faster than the block.
+# jieba cuts such blocks one by one; so do these functions, to cache what a tree repeats level by level. A block longer
+# than any context is cut short, because jieba's time grows faster than the block.
 _BLOCK = re.compile(r"[\u4e00-\u9fd5a-zA-Z0-9+#&._%\-]{1,500}|\S")
 
 
@@ -112,12 +105,10 @@ def _block_words(block: str) -> tuple[str, ...]:
     return tuple(jieba.cut(block)) if len(block) > 1 else (block,)
 
 
-# Line ends of other systems. Characters that are no text: byte order mark, NUL and other control characters (tab and
-# newline stay), zero-width spaces, lone surrogates, non-characters.
-_LINE_ENDS = re.compile("\r\n?|[\u0085\u2028\u2029\v\f]")
+# Control characters (tab and newline stay), zero-width spaces, byte order marks, lone surrogates, non-characters.
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x9f\u200b\u2060\ufeff\ud800-\udfff\ufffe\uffff]")
 
 
 def clean(text: str) -> str:
-    """The text with ``\\n`` as its only line end and without characters that are no text (NUL, BOM, surrogates...)."""
-    return _NO_TEXT.sub("", _LINE_ENDS.sub("\n", text))
+    """The text with ``\\n`` as its only line end, and without characters that are no text."""
+    return _NO_TEXT.sub("", re.sub("\r\n?|[\u0085\u2028\u2029\v\f]", "\n", text))

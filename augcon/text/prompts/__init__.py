@@ -1,15 +1,14 @@
 """Prompts: their texts are data (``zh.toml``, ``en.toml``), the messages are made here (paper sections 3.2 and 3.4).
 
-In every prompt the fixed part comes first and what varies comes last, so that a server's prefix cache serves the fixed
-part. The instruction goes into the first user turn, because some chat templates have no system role. Text from a
-corpus is only ever concatenated, never formatted.
+What varies comes last, so that a server's prefix cache serves the rest. The instruction goes into the first user turn,
+because some chat templates have no system role. Text from a corpus is only ever concatenated, never formatted.
 """
 
 import functools
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -23,14 +22,10 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class _Section(BaseModel):
-    """A table of the file; its fields are the keys."""
-
     model_config = ConfigDict(frozen=True, extra="forbid", str_strip_whitespace=True)
 
 
 class Labels(_Section):
-    """The words that name the parts of prompts and replies."""
-
     context: Text
     question: Text
     halves: tuple[Text, Text]
@@ -40,29 +35,21 @@ class Labels(_Section):
 
 
 class Instruction(_Section):
-    """What a task is asked with."""
-
     instruction: Text
 
 
 class WorkedExample(_Section):
-    """A context with its question and its two halves; a half may be empty."""
-
     context: Text
     question: Text
     halves: tuple[str, str]
 
 
 class Tree(Instruction):
-    """The prompts of the Context-Split-Tree."""
-
     weak_instruction: Text
     examples: tuple[WorkedExample, ...] = Field(min_length=1)
 
 
 class Judge(Instruction):
-    """The prompts of the judge, and the words of its replies."""
-
     scores: tuple[Text, Text, Text]
     compare_instruction: Text
     answers: tuple[Text, Text]
@@ -85,8 +72,6 @@ Patterns = tuple[Annotated[re.Pattern[str], PlainValidator(_compile)], ...]
 
 
 class Checks(_Section):
-    """What answers are searched for; the file says what each list means."""
-
     model_config = ConfigDict(str_strip_whitespace=False)  # a space is part of a pattern
 
     pieces: dict[str, str]
@@ -97,7 +82,7 @@ class Checks(_Section):
 
 
 class Prompts(_Section):
-    """The prompts of one language."""
+    """The prompts of one language: the tables of its file, which says what each key means."""
 
     language: Language
     labels: Labels
@@ -112,10 +97,9 @@ class Prompts(_Section):
         return f"{label}{'：' if self.language == 'zh' else ': '}{content}"
 
     def cst_messages(self, context: str, *, weak: bool = False, examples: int | None = None) -> list[Message]:
-        """Asks for the query and the split of a context: I_CST, E_CST, then the context.
+        """Asks for the query and the split of a context.
 
-        ``weak`` takes the weak instruction, ``examples`` only the first worked examples. The scorer's negatives come
-        from these variants.
+        For the scorer's negatives, ``weak`` takes the weak instruction, ``examples`` only the first worked examples.
         """
         turns = []
         for example in self.cst.examples[:examples]:
@@ -136,41 +120,41 @@ class Prompts(_Section):
 
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
-        answers = self._lines([(self.labels.reference, reference), (self.labels.answer, answer)])
+        answers = self._lines((self.labels.reference, reference), (self.labels.answer, answer))
         return _turns(self.grade.instruction, [f"{self._ask(context, question)}\n\n{answers}"])
 
     def judge_messages(self, question: str, answer: str) -> list[Message]:
         """Asks the judge for its three grades of an answer."""
-        parts = (self.labels.question, question), (self.labels.answer, answer)
-        return _turns(self.judge.instruction, [self._lines(parts)])
+        asked = self._lines((self.labels.question, question), (self.labels.answer, answer))
+        return _turns(self.judge.instruction, [asked])
 
     def compare_messages(self, question: str, first: str, second: str) -> list[Message]:
         """Asks the judge which of two answers is better."""
-        parts = (self.labels.question, question), *zip(self.judge.answers, (first, second), strict=True)
-        return _turns(self.judge.compare_instruction, [self._lines(parts)])
+        answers = zip(self.judge.answers, (first, second), strict=True)
+        return _turns(self.judge.compare_instruction, [self._lines((self.labels.question, question), *answers)])
 
     def cst_pattern(self, max_length: int) -> str:
-        """A regular expression to hold replies to ``cst_messages`` to, for contexts of up to ``max_length`` units."""
+        """What replies to ``cst_messages`` match, for contexts of up to ``max_length`` units."""
         # A half has at most twice the characters of the longest context, ten to an English word.
         half = rf"[^\n].{{0,{2 * max_length * (1 if self.language == 'zh' else 10)}}}"
         first, second = map(_literal, self.labels.halves)
         return r"\n".join([self.question_pattern(), self.line(first, half), self.line(second, f"({half})?")])
 
     def question_pattern(self) -> str:
-        """The same for a reply that ends after the question."""
+        """What such a reply matches that ends after the question."""
         longest = 120 if self.language == "zh" else 300
         return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
     def grade_pattern(self) -> str:
-        """The same for replies to ``grade_messages``."""
+        """What replies to ``grade_messages`` match."""
         return self.line(_literal(self.labels.grade), "([1-9]|10)")
 
     def judge_pattern(self) -> str:
-        """The same for replies to ``judge_messages``."""
+        """What replies to ``judge_messages`` match."""
         return r"\n".join(self.line(_literal(score), "[1-5]") for score in self.judge.scores)
 
     def compare_pattern(self) -> str:
-        """The same for replies to ``compare_messages``."""
+        """What replies to ``compare_messages`` match."""
         return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
 
     def end_of_question(self) -> tuple[str, ...]:
@@ -182,25 +166,24 @@ class Prompts(_Section):
         return (f"\n\n{self._context('')}",)
 
     def cst_digest(self) -> str:
-        """A digest of what the Context-Split-Tree is asked with, so that results of other prompts are not mixed."""
+        """A digest of what the Context-Split-Tree is asked with."""
         return _digest(self.labels, self.cst)
 
     def answer_digest(self) -> str:
-        """The same for what answers are asked, checked and graded with."""
+        """A digest of what answers are asked, checked and graded with."""
         return _digest(self.labels, self.answer, self.grade, *all_checks())
 
     def _context(self, context: str) -> str:
         return f"{self.line(self.labels.context, '').rstrip()}\n{disarm(context)}"
 
-    def _lines(self, parts: Iterable[tuple[str, str]]) -> str:
+    def _lines(self, *parts: tuple[str, str]) -> str:
         return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
 
     def _ask(self, context: str, question: str) -> str:
-        return f"{self._context(context)}\n\n{self.line(self.labels.question, disarm(question))}"
+        return f"{self._context(context)}\n\n{self._lines((self.labels.question, question))}"
 
 
 def _turns(instruction: str, turns: list[str]) -> list[Message]:
-    """Turns of user and assistant in alternation, the instruction at the head of the first."""
     contents = [f"{instruction}\n\n{turns[0]}", *turns[1:]]
     return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
 
@@ -220,8 +203,8 @@ def as_text(messages: list[Message]) -> str:
     return "\n\n".join(message["content"] for message in messages) + "\n\n"
 
 
-# Servers turn special tokens that stand in a message into the real ones. A text that contains them could end its own
-# turn and speak as the system, or open a thinking block. A space inside makes them plain text.
+# Servers take such marks in a message for the real ones: a text could end its own turn and speak as the system, or open
+# a thinking block. A space inside makes them plain text.
 _TEMPLATE_MARK = re.compile(
     r"<(?=[|｜]|<SYS>>|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)"
     r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
