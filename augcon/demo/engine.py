@@ -35,7 +35,7 @@ _CHECKS = {  # of values other than null
     "messages": lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
     "prompt": lambda value: isinstance(value, str),
     "stop": lambda value: (
-        isinstance(value, str | list) and value and all(isinstance(mark, str) and mark for mark in value)
+        isinstance(value, str | list) and value != "" and all(isinstance(mark, str) and mark for mark in value)
     ),
     "seed": lambda value: type(value) is int,
     "temperature": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
