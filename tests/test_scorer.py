@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from augcon.data import Query, ScorerPair
-from augcon.demo.tiny_model import FAMILIES, make_tiny_model
+from augcon.demo.tiny_model import make_tiny_model
 from augcon.errors import UserError
 from augcon.method.pairs import NEGATIVES
 from augcon.train import base as training
@@ -27,7 +28,7 @@ QUESTION = "面包店为什么早上六点开门？"
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
 def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base") / request.param
-    make_tiny_model(folder, [CONTEXT, QUESTION], vocabulary=400, family=request.param)
+    make_tiny_model(folder, [CONTEXT, QUESTION], vocabulary=400, family=FAMILIES[request.param])
     return str(folder)
 
 

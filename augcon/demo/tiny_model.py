@@ -5,50 +5,42 @@ It knows nothing and writes noise; the code that serves, scores, trains and merg
     python -m augcon.demo.tiny_model FOLDER
 """
 
+import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
-# Llama and the first Mistrals have no token to pad with. The templates are the families' own in short.
 _CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_INST = (
-    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]"
-    "{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
+
+
+class Family(NamedTuple):
+    """A family of models: its architecture in Transformers, its special tokens, and what they and its template are."""
+
+    architecture: str
+    special: str
+    roles: dict[str, str]
+
+
+QWEN = Family(
+    "Qwen2",
+    "<|endoftext|> <|im_start|> <|im_end|>",
+    {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML},
 )
-_HEADERS = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message.role }}<|end_header_id|>\n\n"
-    "{{ message.content }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
-_OLDER = ("<unk> <s> </s>", {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": _INST})
-_QWEN = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": _CHATML}
-_LLAMA_3 = (
-    "<|begin_of_text|> <|reserved_special_token_0|> <|start_header_id|> <|end_header_id|> <|eot_id|>",
-    {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "chat_template": _HEADERS},
-)
-FAMILIES: dict[str, tuple[str, str, dict[str, str]]] = {  # architecture, special tokens, what they are for
-    "qwen2": ("Qwen2", "<|endoftext|> <|im_start|> <|im_end|>", _QWEN),
-    "llama2": ("Llama", *_OLDER),
-    "llama3": ("Llama", *_LLAMA_3),
-    "mistral": ("Mistral", *_OLDER),
-}
 
 
 def make_tiny_model(
-    folder: Path, texts: Iterable[str], vocabulary: int = 2000, seed: int = 0, family: str = "qwen2"
+    folder: Path, texts: Iterable[str], vocabulary: int = 2000, seed: int = 0, family: Family = QWEN
 ) -> None:
-    """Writes a model with random weights, and a BPE tokenizer trained on ``texts``, to ``folder``.
-
-    ``family`` is one of FAMILIES; the tokens of control and the chat template are like those of that family.
-    """
+    """Writes a model with random weights, and a BPE tokenizer trained on ``texts``, to ``folder``."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-    architecture, special, roles = FAMILIES[family]
+    architecture, special, roles = family
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -73,6 +65,7 @@ def make_tiny_model(
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a user has no part in its kernels
     from datasets import load_from_disk
 
     if len(sys.argv) != 2:

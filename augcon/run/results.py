@@ -1,4 +1,8 @@
-"""The results folder: the names and shapes of its files."""
+"""The results folder: the names of all its files, and the shapes of those that several steps share.
+
+The other files have their shape where they are written: sft_origins.jsonl and dropped_queries.jsonl in step 3,
+scores.jsonl and refills.json in step 2.
+"""
 
 import contextlib
 import dataclasses
