@@ -93,31 +93,23 @@ def question_rows(settings: Settings) -> Iterator[Any]:
 
 
 def outputs_folder(settings: Settings, results: Results) -> Path:
-    """Where the answers go. Raises UserError when something else is there, because it would be replaced."""
-    if not settings.outputs:
-        return results.outputs
-    folder = Path(settings.outputs).expanduser().resolve()
-    if folder == results.sft_data.resolve():
-        raise UserError(f"--outputs {settings.outputs!r} is the SFT data itself; choose another folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Where the answers go. Raises UserError when something other than outputs would be replaced there."""
+    folder = Path(settings.outputs).expanduser().resolve() if settings.outputs else results.outputs
+    if folder != results.outputs and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         try:
             read_dataset(folder, Pair, "inference.py")
         except UserError as error:
-            raise UserError(
-                f"--outputs {settings.outputs!r} holds something other than outputs; choose another folder"
-            ) from error
+            message = f"--outputs {settings.outputs!r} holds something other than outputs; choose another folder"
+            raise UserError(message) from error
+    if folder == results.sft_data.resolve():
+        raise UserError(f"--outputs {settings.outputs!r} is the SFT data itself; choose another folder")
     return folder
 
 
 def files_digest(folder: Path) -> str:
-    """Names, sizes and times of a model's files, digested: two models merged into the same folder differ in it.
-
-    Empty where the folder is not on this machine.
-    """
-    if not folder.is_dir():
-        return ""
-    files = sorted((file.name, file.stat()) for file in folder.iterdir() if file.is_file())
-    return digest([[name, stat.st_size, stat.st_mtime_ns] for name, stat in files])
+    """Tells models that are merged into the same folder apart: names, sizes and times of its files; "" without it."""
+    files = sorted(path for path in folder.glob("*") if path.is_file())
+    return digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]) if files else ""
 
 
 async def ask_all(settings: Settings, llm: LLM, questions: list[str]) -> list[Reply | str]:

@@ -9,8 +9,6 @@ says for each question whose answer is better. Writes into results/: judge.jsonl
 
 import asyncio
 import dataclasses
-import functools
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,24 +32,13 @@ from config import Settings, load_settings, pick
 class Judgement:
     """What the judge thinks: by folder the grades of each answer, and of two folders which answer is better.
 
-    A text in place of grades or a number says why there is none; 2 stands for neither.
+    ``better`` has the name of the folder, "neither", or None where that is not known; ``lost`` says why, in counts.
     """
 
     questions: list[str]
-    grades: dict[str, list[Grades | str]]
-    better: list[int | str]
-
-    @functools.cached_property
-    def verdicts(self) -> list[str | None]:
-        """The folder with the better answer to each question, or "neither"; None where it is not known."""
-        return [[*self.grades, "neither"][place] if isinstance(place, int) else None for place in self.better]
-
-    def rows(self) -> Iterator[dict[str, object]]:
-        """The lines of judge.jsonl."""
-        for n, question in enumerate(self.questions):
-            graded = {name: of[n] for name, of in self.grades.items()}
-            grades = {name: dataclasses.asdict(of) if isinstance(of, Grades) else None for name, of in graded.items()}
-            yield {"question": question, "grades": grades} | ({"better": self.verdicts[n]} if self.better else {})
+    grades: dict[str, list[Grades | None]]
+    better: list[str | None]
+    lost: Counter[str]
 
 
 @stage
@@ -103,7 +90,7 @@ async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence
             progress.update(request.sample == 0)
             return reply
 
-        async def graded(pair: Pair) -> Grades | str:
+        async def grades(pair: Pair) -> Grades | str:
             return await grade(ask, prompts_for(pair.question, settings.language), pair, rules)
 
         async def compared(place: int) -> int | str:
@@ -111,39 +98,46 @@ async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence
             prompts = prompts_for(first.question, settings.language)
             return await compare(ask, prompts, first, second, swapped[place], rules)
 
-        grades = {
-            name: [each async for _, each in map_in_order(graded, pairs, window)] for name, pairs in outputs.items()
-        }
+        graded = {name: [of async for _, of in map_in_order(grades, pairs, window)] for name, pairs in outputs.items()}
         places = range(len(questions)) if len(folders) == 2 else ()
         better = [each async for _, each in map_in_order(compared, places, window)]
-    return Judgement(questions, grades, better)
+    lost = Counter(each for of in graded.values() for each in of if isinstance(each, str))
+    lost.update(each for each in better if isinstance(each, str))
+    known = {name: [each if isinstance(each, Grades) else None for each in of] for name, of in graded.items()}
+    names = [*outputs, "neither"]
+    return Judgement(questions, known, [names[each] if isinstance(each, int) else None for each in better], lost)
 
 
 def write_judgement(settings: Settings, results: Results, model: str, judged: Judgement) -> None:
     """Writes, prints and draws what the judge thinks. Raises UserError where nothing could be graded."""
-    write_lines(results.judged, judged.rows())
-    means = {name: means_of(of, settings.seed) for name, of in judged.grades.items()}
+    write_lines(results.judged, rows(judged))
+    means = {name: means_of(list(filter(None, of)), settings.seed) for name, of in judged.grades.items()}
     summary: dict[str, object] = {"judge": model}
     for name, of in judged.grades.items():
-        graded = sum(isinstance(each, Grades) for each in of)
+        graded = len(of) - of.count(None)
         scores = {score: dataclasses.asdict(means[name][score]) if graded else None for score in SCORES}
-        summary[name] = {"graded": graded, "ungraded": len(of) - graded, **scores}
+        summary[name] = {"graded": graded, "ungraded": of.count(None), **scores}
         words = ", ".join(f"{score} {mean}" for score, mean in means[name].items()) or "none"
         print(f"grades:  {name}: {words}; {graded:,} of {len(of):,} answers graded")
     if judged.better:
-        verdicts = Counter(verdict or "undecided" for verdict in judged.verdicts)
-        won: dict[str, int] = {name: verdicts[name] for name in (*judged.grades, "neither", "undecided")}
-        summary["better"] = won
-        print("better:  " + ", ".join(f"{name} {number:,}" for name, number in won.items()))
-    outcomes = itertools.chain(judged.better, *judged.grades.values())
-    reasons = format_counts(Counter(outcome for outcome in outcomes if isinstance(outcome, str)))
-    if reasons:
-        print(f"lost:    {reasons}")
+        won = Counter(name or "undecided" for name in judged.better)
+        summary["better"] = {name: won[name] for name in (*judged.grades, "neither", "undecided")}
+        print("better:  " + ", ".join(f"{name} {won[name]:,}" for name in (*judged.grades, "neither", "undecided")))
+    if judged.lost:
+        print(f"lost:    {format_counts(judged.lost)}")
     drawn = {name: of["satisfaction"] for name, of in means.items() if of}
     if not drawn:
+        reasons = format_counts(judged.lost)
         raise UserError(f"no answer could be graded ({reasons}); try another judge, or --structured-output")
     write_json(results.judge, summary)
     plot(results.judge_plot, drawn)
+
+
+def rows(judged: Judgement) -> Iterator[dict[str, object]]:
+    """The lines of judge.jsonl."""
+    for n, question in enumerate(judged.questions):
+        grades = {name: dataclasses.asdict(each) if (each := of[n]) else None for name, of in judged.grades.items()}
+        yield {"question": question, "grades": grades} | ({"better": judged.better[n]} if judged.better else {})
 
 
 def plot(path: Path, means: Mapping[str, Mean]) -> None:
