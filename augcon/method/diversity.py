@@ -3,9 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import numpy as np
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
@@ -15,13 +13,11 @@ from augcon.text.units import words
 
 def rouge_l_precision(candidate: Sequence[str], reference: Sequence[str]) -> float:
     """LCS(candidate, reference) / |candidate| over words; 1 for a candidate without words."""
-    if not candidate:
-        return 1.0
-    return LCSseq.similarity(candidate, reference) / len(candidate)
+    return LCSseq.similarity(candidate, reference) / len(candidate) if candidate else 1.0
 
 
-# Each word is one character, in the order of first sight, so that a query is a short string: LCS over words is LCS
-# over its characters, which is compared a hundred times faster. Past a million words two may share a character.
+# Each word is one character, in the order of first sight. So a query is a short string, and compared a hundred times as
+# fast as a list of words. Past a million words, two may share a character.
 _CHARACTERS: defaultdict[str, str] = defaultdict(lambda: chr((len(_CHARACTERS) + 1) % 0x110000))
 
 
@@ -29,16 +25,13 @@ def _cut(query: str) -> str:
     return "".join(map(_CHARACTERS.__getitem__, words(query)))
 
 
-def _shared(query: str, others: Sequence[str]) -> Any:
-    """LCS of a cut query with each of some others, as an array."""
-    return process.cdist([query], others, scorer=LCSseq.similarity, dtype=np.int32)[0]
+def _words_at(threshold: float, cut: str) -> int:
+    """The number of words that makes up at least this part of a query."""
+    return math.ceil(threshold * len(cut) - 1e-9)
 
 
 class DiverseQueries:
-    """The queries kept so far of one root context.
-
-    A query is kept when its ROUGE-L precision against every query kept before is below ``threshold``.
-    """
+    """The queries of a root context whose ROUGE-L precision against every one kept before is below ``threshold``."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
@@ -48,7 +41,8 @@ class DiverseQueries:
     def offer(self, query: str) -> bool:
         """Keeps the query if it is diverse enough; says whether it was kept. Without words, it is not."""
         cut = _cut(query)
-        if not cut or (self._cut and _shared(cut, self._cut).max() / len(cut) >= self.threshold):
+        at_least = _words_at(self.threshold, cut)
+        if not cut or process.extractOne(cut, self._cut, scorer=LCSseq.similarity, score_cutoff=at_least):
             return False
         self.kept.append(query)
         self._cut.append(cut)
@@ -64,9 +58,8 @@ class DiverseQueries:
 class Sweep:
     """All queries kept so far, to find what is nearly the same elsewhere in the corpus (AugCon's own).
 
-    Two queries are alike when the ROUGE-L precision of each against the other is at least ``threshold``:
-    LCS / length of the longer. Such a pair shares that part of its words, so among the few rarest words of each there
-    is one that both have; only queries found through those words are compared.
+    Two queries are alike when the ROUGE-L precision of each against the other is at least ``threshold``. They share
+    that part of their words, so among the few rarest of each is one that both have; only such pairs are compared.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -76,11 +69,9 @@ class Sweep:
     def has_like(self, query: str) -> bool:
         """Whether a query kept before is alike."""
         cut = _cut(query)
-        found = sorted({other for word in self._rarest(cut) for other in self._with_word.get(word, ())})
-        if not found:
-            return False
-        longer = np.maximum(len(cut), np.fromiter(map(len, found), np.int32, len(found)))
-        return bool((_shared(cut, found) / longer >= self.threshold).any())
+        found = {other for word in self._rarest(cut) for other in self._with_word.get(word, ())}
+        nearest = process.extractOne(cut, found, scorer=LCSseq.normalized_similarity)  # LCS / length of the longer
+        return nearest is not None and nearest[1] >= self.threshold - 1e-9
 
     def add(self, query: str) -> None:
         """Takes a query that is kept."""
@@ -89,21 +80,17 @@ class Sweep:
             self._with_word[word].append(cut)
 
     def _rarest(self, cut: str) -> str:
-        """The words of which at least one must be shared: all but what two that are alike may differ in.
-
-        A word seen late is a rare one, so the highest characters come first.
-        """
-        needed = math.ceil(self.threshold * len(cut) - 1e-9)
-        return "".join(sorted(cut, reverse=True)[: len(cut) - needed + 1])
+        """One word more than two alike may differ in. A word seen late is a rare one: the highest characters."""
+        return "".join(sorted(cut, reverse=True)[: len(cut) - _words_at(self.threshold, cut) + 1])
 
 
 def rank_and_filter(
     queries: Sequence[str], scores: Sequence[float], quota: int, threshold: float, sweep: Sweep | None = None
 ) -> tuple[list[int], list[Fate]]:
-    """The queries of one root context to keep, best score first, as their places; and the fate of each query.
+    """The places of the queries to keep of one root context, best score first; and the fate of each query.
 
-    From the best down, a query is kept when it is diverse from all kept before ("alike" if not) and the sweep
-    has none like it ("alike elsewhere"), until there are ``quota``. Then the sweep takes the kept ones.
+    From the best down, a query is kept when the sweep has none like it (else "alike elsewhere") and it is diverse from
+    all kept before (else "alike"), until there are ``quota``. Then the sweep takes the kept ones.
     """
     diverse = DiverseQueries(threshold)
     fates: list[Fate] = ["over quota"] * len(queries)
