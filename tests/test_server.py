@@ -91,7 +91,7 @@ def test_a_signal_stops_command_and_server(tmp_path: Path, mark: Mark, number: s
     assert healthy(address) and len(mark.alive()) == 4
     process.send_signal(number)
     done = ended(process)
-    assert done.returncode == 128 + number and "the same command goes on" in done.stderr
+    assert done.returncode == 128 + number and "run the same command again" in done.stderr
     assert "Traceback" not in done.stderr
     assert not mark.alive() and not healthy(address)
 

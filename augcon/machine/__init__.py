@@ -1,4 +1,1 @@
-"""What runs on this machine: its GPUs, processes that leave nothing behind, and the model's server.
-
-May import ``augcon.errors``.
-"""
+"""What runs on this machine: its GPUs, processes that leave nothing behind, and the model's server."""

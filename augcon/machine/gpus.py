@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from augcon.errors import UserError
 
 SLACK = 512  # MiB by which the memory in use may exceed what it was before
+PATIENCE = 60  # seconds to wait for that
 
 
 def visible_gpus() -> list[str]:
@@ -36,14 +37,14 @@ def require_gpu_numbers() -> None:
 
 
 @contextlib.contextmanager
-def gpu_memory_released(timeout: float = 60) -> Iterator[None]:
-    """On exit, waits until the GPUs hold no more memory than on entry, for at most ``timeout`` seconds."""
+def gpu_memory_released() -> Iterator[None]:
+    """On exit, waits until the GPUs hold no more memory than on entry, for at most PATIENCE seconds."""
     gpus = visible_gpus()
     before = _memory_used(gpus)
     try:
         yield
     finally:
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + PATIENCE
         while held := [uuid for uuid, used in _memory_used(gpus).items() if used > before.get(uuid, 0) + SLACK]:
             if time.monotonic() > deadline:
                 print(f"warning: memory is still in use on {', '.join(held)}", file=sys.stderr)
@@ -53,8 +54,6 @@ def gpu_memory_released(timeout: float = 60) -> Iterator[None]:
 
 def _memory_used(gpus: list[str]) -> dict[str, int]:
     """MiB in use on each of the GPUs."""
-    if not gpus:
-        return {}
     return {uuid: int(used) for uuid, used in _query("uuid", "memory.used") if uuid in gpus and used.isdigit()}
 
 

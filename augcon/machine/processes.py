@@ -18,7 +18,7 @@ from typing import IO
 
 import psutil
 
-from augcon.errors import UserError, one_line
+from augcon.errors import UserError, one_line, stage
 from augcon.machine.gpus import gpu_memory_released
 
 TIMEOUT = 20  # seconds from SIGTERM to SIGKILL
@@ -26,34 +26,27 @@ _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl(2)
 _libc = ctypes.CDLL(None)
 
 
-class _Signalled(SystemExit):
-    """This process received a signal to stop."""
-
-
-def _raise_signalled(number: int, _: object) -> None:
-    raise _Signalled(128 + number)
-
-
 @contextlib.contextmanager
 def stopping_children(stop_with_parent: bool = False) -> Iterator[None]:
     """On exit, however it comes about, stops all processes that were started inside, and all that those started.
 
-    SIGINT, SIGTERM and SIGHUP, and with ``stop_with_parent`` the end of the parent process, lead to the exit, with
-    the shell's status for the signal. Where SIGHUP is ignored (nohup), the end of the parent is ignored, too.
+    SIGINT, SIGTERM and SIGHUP, and with ``stop_with_parent`` the end of the parent process, raise KeyboardInterrupt
+    with the shell's status for the signal. Where SIGHUP is ignored (nohup), the end of the parent is ignored, too.
     """
+
+    def interrupt(number: int, _: object) -> None:
+        raise KeyboardInterrupt(128 + number)
+
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signals = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
     handlers = {number: signal.getsignal(number) for number in signals}
     try:
         for number in signals:
-            signal.signal(number, _raise_signalled)
+            signal.signal(number, interrupt)
         _libc.prctl(_SUBREAPER, 1)  # adopt the grandchildren whose parent has ended
         if stop_with_parent and not nohup:
             _stop_with(os.getppid())
         yield
-    except _Signalled:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
-        raise
     finally:
         for number in signals:
             signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the cleanup
@@ -80,8 +73,9 @@ def start(
 
 
 def exit_status(process: "subprocess.Popen[bytes]") -> int:
-    """The status of an ended process as a shell reports it."""
-    return 128 - process.returncode if process.returncode < 0 else process.returncode
+    """Waits for the end of a process; its status as a shell reports it."""
+    status = process.wait()
+    return 128 - status if status < 0 else status
 
 
 def _stop_all() -> None:
@@ -106,17 +100,12 @@ def _stop_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def main() -> int:
-    """Runs the command; returns its status."""
-    try:
-        with gpu_memory_released(), stopping_children(stop_with_parent=True):
-            process = start(sys.argv[1:])
-            process.wait()
-            return exit_status(process)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 127
+@stage
+def main() -> None:
+    with gpu_memory_released(), stopping_children(stop_with_parent=True):
+        status = exit_status(start(sys.argv[1:]))
+    sys.exit(status)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

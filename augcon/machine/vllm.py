@@ -2,18 +2,19 @@
 
 import importlib.util
 import json
-import os
 import shlex
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 
 from augcon.errors import UserError, one_line
-from augcon.machine.server import Program, python_module
+from augcon.machine.server import python_module
 
 
-def vllm_program(model: str, served_name: str, port: int, gpus: int, tensor_parallel: int, arguments: str) -> Program:
-    """The program that serves ``model`` as ``served_name`` on all GPUs, or with vLLM's CPU build if there are none.
+def vllm_command(
+    model: str, served_name: str, port: int, gpus: int, tensor_parallel: int, arguments: str
+) -> tuple[list[str], str]:
+    """The command that serves ``model`` on all GPUs, or with vLLM's CPU build if there are none; what to call it.
 
     ``tensor_parallel`` GPUs share one copy of the model (0: see ``gpus_per_copy``). ``arguments`` are passed to vLLM.
     Raises UserError when vLLM is not installed or the model cannot be split in this way.
@@ -27,17 +28,16 @@ def vllm_program(model: str, served_name: str, port: int, gpus: int, tensor_para
     command += ["--model", model, "--served-model-name", served_name]
     command += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
     command += ["--disable-uvicorn-access-log"]  # which has a line for each request
-    if not gpus:
-        # The CPU build crashes on seeded requests with chunked prefill.
-        command += ["--enforce-eager", "--no-enable-chunked-prefill", *shlex.split(arguments)]
-        cache = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "2")}  # GiB
-        return Program(command, f"vLLM with {model} on the CPU", cache)
-    heads, kv_heads = attention_heads(model) if gpus > 1 else (1, 1)
-    size = gpus_per_copy(gpus, heads, kv_heads, tensor_parallel)
-    copies = gpus // size
-    command += ["--tensor-parallel-size", str(size), "--data-parallel-size", str(copies)]
-    command += shlex.split(arguments)
-    return Program(command, f"vLLM with {model}: {copies} × {size} of {gpus} GPUs")
+    if gpus:
+        heads, kv_heads = attention_heads(model) if gpus > 1 else (1, 1)
+        size = gpus_per_copy(gpus, heads, kv_heads, tensor_parallel)
+        command += ["--tensor-parallel-size", str(size), "--data-parallel-size", str(gpus // size)]
+        description = f"vLLM with {model}: {gpus // size} × {size} of {gpus} GPUs"
+    else:
+        # The CPU build crashes on seeded requests with chunked prefill, and takes nearly all memory for its cache.
+        command += ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(2 * 2**30)]
+        description = f"vLLM with {model} on the CPU"
+    return command + shlex.split(arguments), description
 
 
 def gpus_per_copy(gpus: int, heads: int, kv_heads: int, wanted: int = 0) -> int:
@@ -67,6 +67,4 @@ def attention_heads(model: str) -> tuple[int, int]:
         heads = config.get("num_attention_heads") or config["n_head"]
         return heads, config.get("num_key_value_heads") or heads
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"cannot read the number of attention heads of {model!r} ({one_line(error)}); check --model"
-        ) from error
+        raise UserError(f"cannot read the attention heads of {model!r} ({one_line(error)}); check --model") from error
