@@ -93,12 +93,13 @@ async def try_sets(settings: Settings, llm: LLM, search: Search, progress: "tqdm
     prompts, rules = load_prompts(search.language), pick(AnswerRules, settings)
 
     async def attempt(trial: Trial) -> Graded:
-        graded = await try_examples(llm.ask, prompts, search, trial, rules)
+        candidate, left_out = trial
+        graded = await try_examples(llm.ask, prompts, search.shown(candidate), search.examples[left_out], rules)
         progress.update(2)
         return graded
 
     async for trial, graded in map_in_order(attempt, search.trials(), 2 * settings.max_in_flight):
-        search.add(trial, graded)
+        search.graded[trial] = graded
 
 
 async def answer_all(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from augcon.data import Answer, Example, Query, Refused, Reply, Request
 from augcon.errors import UserError
-from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
+from augcon.method.answers import AnswerRules, Graded, Search, answer_query, plan_search, try_examples
 from augcon.run.inputs import read_examples
 from augcon.text.prompts import load_prompts
 
@@ -39,7 +39,7 @@ class Model:
 
 def search_with(*grades: list[int | None]) -> Search:
     """A search with these grades for its sets."""
-    graded = {candidate: [Graded(n, "a", grade) for n, grade in enumerate(row)] for candidate, row in enumerate(grades)}
+    graded = {(candidate, n): Graded("a", grade) for candidate, row in enumerate(grades) for n, grade in enumerate(row)}
     return Search("zh", CHINESE, [(n,) for n in range(len(grades))], True, graded)
 
 
@@ -51,7 +51,7 @@ def test_different_sets_of_the_size_asked_for_as_many_as_there_are(size: int, ca
     trials = search.trials()
     for candidate, chosen in enumerate(search.sets):
         assert len(set(chosen)) == size
-        left_out = [trial.example for trial in trials if trial.candidate == candidate]
+        left_out = [example for of, example in trials if of == candidate]
         assert not trials or sorted([*chosen, *left_out]) == list(range(6))
     assert search == plan_search(CHINESE + ENGLISH, "zh", size, candidates, seed)
 
@@ -95,8 +95,7 @@ def test_an_ungraded_set_has_no_mean_in_the_table():
 
 def attempt(model: Model, rules: AnswerRules = RULES) -> Graded:
     """What comes of the sixth example where the first two are shown."""
-    search = Search("zh", CHINESE, [(0, 1), (1, 2)], True)
-    return asyncio.run(try_examples(model, ZH, search, Trial(0, 5), rules))
+    return asyncio.run(try_examples(model, ZH, CHINESE[:2], CHINESE[5], rules))
 
 
 def answer(model: Model, shown: list[Example]) -> Answer:
@@ -106,7 +105,7 @@ def answer(model: Model, shown: list[Example]) -> Answer:
 def test_a_left_out_example_is_answered_then_graded_against_the_human_answer():
     model = Model("答案：第五。", "评分：7")
     graded = attempt(model)
-    assert graded == Graded(5, "第五。", 7)
+    assert graded == Graded("第五。", 7)
     asked, grading = model.requests
     assert (
         asked.messages == ZH.answer_messages(CHINESE[:2], CHINESE[5].context, CHINESE[5].question)
@@ -122,14 +121,14 @@ def test_an_unreadable_grade_is_asked_again_by_a_draw_that_can_differ_and_never_
     assert attempt(model).grade == 6
     assert model.requests[2].sample == 1 and model.requests[2].temperature > 0
     model = Model("第五。", "这个回答不错，8")
-    assert attempt(model) == Graded(5, "第五。", None, "no grade")
+    assert attempt(model) == Graded("第五。", None, "no grade")
     assert len(model.requests) == 1 + RULES.tries
 
 
 def test_an_example_without_an_answer_is_not_graded():
     model = Model(" ")
     graded = attempt(model)
-    assert graded == Graded(5, None, None, "no answer: empty") and len(model.requests) == RULES.answer_tries
+    assert graded == Graded(None, None, "no answer: empty") and len(model.requests) == RULES.answer_tries
     graded = attempt(Model(Refused("too long")))
     assert graded.detail == "no answer: too long"
 

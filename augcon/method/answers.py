@@ -1,12 +1,10 @@
 """High-fidelity answers: the search for examples to show, and the answers (paper section 3.4)."""
 
 import dataclasses
-import itertools
 import math
 import random
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from augcon.data import Answer, Ask, Example, Query, Request
 from augcon.method.ask import ask_until_parsed
@@ -27,22 +25,13 @@ class AnswerRules:
     structured_output: bool = False
 
 
-# The search
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """A set of examples (by its number) to be tried on an example that it leaves out."""
-
-    candidate: int
-    example: int
+Trial = tuple[int, int]  # the number of a set of examples, and that of an example that it leaves out
 
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """The answer to the left-out example of a trial, and its grade; both None where there is none."""
+    """The answer to the example that a trial leaves out, and its grade. Where one is None, ``detail`` says why."""
 
-    example: int
     answer: str | None
     grade: int | None
     detail: str = ""
@@ -52,26 +41,19 @@ class Graded:
 class Search:
     """The random search over sets of examples for the queries of one language.
 
-    ``examples`` are those that it chooses from, ``sets`` the candidates as places in them, in the order drawn. With a
-    single set there is nothing to search. ``graded`` has the graded answers of each candidate.
+    ``sets`` are the candidates, as places in ``examples``, in the order drawn; a single one leaves nothing to search.
     """
 
     language: Language
     examples: list[Example]
     sets: list[tuple[int, ...]]
     own: bool  # whether the examples are in this language
-    graded: dict[int, list[Graded]] = dataclasses.field(default_factory=dict)
+    graded: dict[Trial, Graded] = dataclasses.field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
         """Every set with every example that it leaves out; none where there is no choice."""
-        if len(self.sets) == 1:
-            return []
-        numbers = range(len(self.examples))
-        return [Trial(candidate, n) for candidate, chosen in enumerate(self.sets) for n in numbers if n not in chosen]
-
-    def add(self, trial: Trial, graded: Graded) -> None:
-        """Takes the outcome of a trial."""
-        self.graded.setdefault(trial.candidate, []).append(graded)
+        numbers = range(len(self.examples)) if len(self.sets) > 1 else ()
+        return [(candidate, n) for candidate, chosen in enumerate(self.sets) for n in numbers if n not in chosen]
 
     def shown(self, candidate: int) -> list[Example]:
         """The examples of a set."""
@@ -79,76 +61,68 @@ class Search:
 
     def mean(self, candidate: int) -> float | None:
         """The mean grade of a set; None where fewer than half of its answers are graded."""
-        of = self.graded.get(candidate, [])
-        grades = [graded.grade for graded in of if graded.grade is not None]
-        return statistics.fmean(grades) if grades and 2 * len(grades) >= len(of) else None
+        every = [graded.grade for _, graded in self._graded(candidate)]
+        grades = [grade for grade in every if grade is not None]
+        return statistics.fmean(grades) if grades and 2 * len(grades) >= len(every) else None
 
     @property
     def winner(self) -> int:
         """The set with the best mean; of equals, and where none has a mean, the first drawn."""
         return max(range(len(self.sets)), key=lambda candidate: self.mean(candidate) or 0)
 
-    @property
-    def ungraded(self) -> Counter[str]:
-        """Why answers have no grade."""
-        return Counter(graded.detail for of in self.graded.values() for graded in of if graded.grade is None)
-
     def table(self) -> dict[str, object]:
         """All of it, for reading."""
-        return {
-            "examples": [example.question for example in self.examples],
-            "chosen": self.sets[self.winner],
-            "sets": [
-                {
-                    "examples": chosen,
-                    "questions": [example.question for example in self.shown(candidate)],
-                    "mean": self.mean(candidate),
-                    "answers": [
-                        {"question": self.examples[graded.example].question, **dataclasses.asdict(graded)}
-                        for graded in self.graded.get(candidate, [])
-                    ],
-                }
-                for candidate, chosen in enumerate(self.sets)
-            ],
-        }
+        sets = [
+            {
+                "examples": chosen,
+                "questions": [example.question for example in self.shown(candidate)],
+                "mean": self.mean(candidate),
+                "answers": [
+                    {"question": self.examples[n].question, "example": n, **dataclasses.asdict(graded)}
+                    for n, graded in self._graded(candidate)
+                ],
+            }
+            for candidate, chosen in enumerate(self.sets)
+        ]
+        questions = [example.question for example in self.examples]
+        return {"examples": questions, "chosen": self.sets[self.winner], "sets": sets}
+
+    def _graded(self, candidate: int) -> list[tuple[int, Graded]]:
+        """The examples tried with a set, and what came of them."""
+        numbers = range(len(self.examples))
+        return [(n, self.graded[candidate, n]) for n in numbers if (candidate, n) in self.graded]
 
 
-def plan_search(examples: Iterable[Example], of: Language, shown: int, candidates: int, seed: int) -> Search:
+def plan_search(examples: Sequence[Example], of: Language, shown: int, candidates: int, seed: int) -> Search:
     """Draws ``candidates`` different sets of ``shown`` examples in a language, or in any if it has none."""
-    every = list(examples)
-    own = [example for example in every if language(example.question) == of]
-    pool = own or every
-    if len(pool) <= shown:  # nothing would be left to try a set on
-        return Search(of, pool, [tuple(range(len(pool)))], bool(own))
+    own = [example for example in examples if language(example.question) == of]
+    pool = own or list(examples)
+    size = min(shown, len(pool))
     random_, sets = random.Random(seed), dict[tuple[int, ...], None]()
-    if math.comb(len(pool), shown) <= candidates:
-        sets.update(dict.fromkeys(itertools.combinations(range(len(pool)), shown)))
-    while len(sets) < min(candidates, math.comb(len(pool), shown)):
-        sets[tuple(sorted(random_.sample(range(len(pool)), shown)))] = None
+    while len(sets) < min(candidates, math.comb(len(pool), size)):
+        sets[tuple(sorted(random_.sample(range(len(pool)), size)))] = None
     return Search(of, pool, list(sets), bool(own))
 
 
-async def try_examples(ask: Ask, prompts: Prompts, search: Search, trial: Trial, rules: AnswerRules) -> Graded:
-    """Answers the left-out example of a trial and grades that against the human answer. Raises UserError as ``ask``.
+async def try_examples(
+    ask: Ask, prompts: Prompts, shown: Sequence[Example], example: Example, rules: AnswerRules
+) -> Graded:
+    """Answers an example that is not shown and grades that against the human answer. Raises UserError as ``ask``.
 
     Apart from an empty answer, what is wrong with one is left to the grade.
     """
-    example = search.examples[trial.example]
-    request = _request(prompts, search.shown(trial.candidate), example.context, example.question, rules)
+    request = _request(prompts, shown, example.context, example.question, rules)
     answer = await ask_until_parsed(
         ask, request, rules.answer_tries, lambda reply: bare_answer(reply, example.question, prompts)
     )
     if answer.value is None:
-        return Graded(trial.example, None, None, f"no answer: {answer.reason}")
+        return Graded(None, None, f"no answer: {answer.reason}")
     messages = prompts.grade_messages(example.context, example.question, example.answer, answer.value)
     pattern = prompts.grade_pattern() if rules.structured_output else None
     request = Request(messages, 0, rules.answer_max_tokens, text_end=prompts.end_of_reply(), pattern=pattern)
     labels = (prompts.labels.grade, *GRADE_LABELS)
     grade = await ask_until_parsed(ask, request, rules.tries, lambda reply: parse_grade(reply, labels))
-    return Graded(trial.example, answer.value, grade.value, grade.reason)
-
-
-# The answers
+    return Graded(answer.value, grade.value, grade.reason)
 
 
 async def answer_query(

@@ -74,8 +74,8 @@ def print_search(search: Search) -> None:
         print(f"search:  {search.language}: {whose}no choice, {shown} of {there} examples are shown")
         return
     means = [mean for candidate in range(len(search.sets)) if (mean := search.mean(candidate)) is not None]
-    ungraded = search.ungraded
-    graded = sum(map(len, search.graded.values())) - ungraded.total()
+    ungraded = Counter(graded.detail for graded in search.graded.values() if graded.grade is None)
+    graded = len(search.graded) - ungraded.total()
     outcome = "no set has half of its answers graded, so the first is used"
     if means:
         outcome = f"best mean {max(means):.2f}, mean of all {statistics.fmean(means):.2f}"
