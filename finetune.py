@@ -14,6 +14,7 @@ import dataclasses
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,9 @@ from augcon.run.corpus import read_all
 from augcon.run.record import Record
 from augcon.run.results import Results
 from augcon.train import base as training
-from augcon.train import sft
+from augcon.train import loop, sft
 from augcon.train.adapters import TrainedWith
 from augcon.train.chat import ChatEncoder, TrainingExample, load_encoder
-from augcon.train.loop import TrainingRules
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
 
@@ -83,7 +83,9 @@ def read_inputs(settings: Settings) -> Inputs:
         quantize="nf4" if training.quantization(settings.quantize) else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
-    learnt, held_out, words = sft.hold_out(pairs, settings.held_out, origins_of(pairs, results), settings.seed)
+    # Questions about one text have much in common; of fewer than 20 texts, one would be too large a part of the data.
+    units = {**origins_of(pairs, results), "single pairs, as their texts are few or not known": range(len(pairs))}
+    learnt, held_out, words = loop.hold_out(pairs, units, settings.held_out, settings.seed, many=20)
     made_with = {
         **settings.inputs(STAGE),
         "seed": settings.seed,
@@ -110,7 +112,7 @@ def read_data(settings: Settings, results: Results) -> list[Pair]:
     return read_all(str(source), Pair, "--data")
 
 
-def origins_of(pairs: list[Pair], results: Results) -> dict[str, list[int | None]]:
+def origins_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | None]]:
     """The article and root context of every pair, where sft_origins.jsonl of the results folder has all questions."""
     if not results.sft_origins.exists():
         return {}
@@ -141,8 +143,10 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
     encoder = load_encoder(tokenizer, inputs.base, settings.max_tokens)
     examples, held_out = encode(encoder, inputs)
     model = sft.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
-    tuned = sft.tune(model, tokenizer, examples, held_out, pick(TrainingRules, settings), output.checkpoints)
-    on_main(lambda: save(output, inputs, tuned))
+    rules = pick(loop.TrainingRules, settings)
+    log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints)
+    print_main(f"trained: {words}")
+    on_main(lambda: save(output, inputs, model, log))
 
 
 def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample], list[TrainingExample]]:
@@ -165,29 +169,27 @@ def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample],
     return examples, held_out
 
 
-def save(output: Results, inputs: Inputs, tuned: sft.Tuned) -> None:
+def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]]) -> None:
     """Writes the log, the picture and the adapter, with a copy of the record beside it, and prints the figures."""
-    losses = [row["loss"] for row in tuned.log if "loss" in row]
-    held_out = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
+    losses = [row["loss"] for row in log if "loss" in row]
+    held_out = [row["eval_loss"] for row in log if "eval_loss" in row]
     facts = {
         "pairs": len(inputs.learnt) + len(inputs.held_out),
         "held_out": inputs.held_out_words,
         "loss": losses[-1] if losses else None,
         "held_out_loss": held_out[-1] if held_out else None,
     }
-    write_json(output.log, tuned.log)
+    write_json(output.log, log)
     try:
-        sft.draw_losses(tuned.log, output.loss_plot)
+        sft.draw_losses(log, output.loss_plot)
     except OSError as error:
         raise UserError(f"cannot write {output.loss_plot}: {one_line(error)}") from error
     with new_folder(output.lora) as folder:
-        tuned.model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder))
         copy = Record(folder)
         copy.begin(STAGE, inputs.made_with, made=[], redo=False)
         copy.finish(STAGE, **facts)
     output.record.finish(STAGE, **facts)
-    print(f"packing: {tuned.packing}")
-    print(f"trained: {tuned.speed.words}")
     if losses:
         seen = f"; held out, from the start on: {' '.join(f'{loss:.3f}' for loss in held_out)}" if held_out else ""
         print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")

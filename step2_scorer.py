@@ -24,6 +24,7 @@ from augcon.train.ranks import is_main, on_main, print_main, report_once
 from augcon.train.scores import KeptScores, key
 from config import Settings, load_settings, pick
 
+HELD_OUT = 0.1  # of the pairs, by whole articles
 CONTENT_OF_BASE = "content of the scorer's base model"
 Queries = dict[int, list[Query]]  # by root context
 
@@ -82,9 +83,8 @@ def train_and_score(
     settings: Settings, results: Results, roots: list[RootContext], queries: Queries, pairs: list[ScorerPair]
 ) -> dict[str, float]:
     """The score of every query by its id, from the scorer that is there or a new one."""
-    from augcon.train import scorer
+    from augcon.train import loop, scorer
     from augcon.train.base import companions_digest, load_tokenizer, model_folder, weights_digest
-    from augcon.train.loop import TrainingRules
 
     base = settings.scorer_model or settings.model
     folder = on_main(lambda: model_folder(base))
@@ -103,16 +103,20 @@ def train_and_score(
         print_main(f"scorer:  {results.scorer}, as trained before, on {facts.base!r}")
     else:
         article_of = {root.root: root.article for root in roots}
-        learnt, held_out, words = scorer.hold_out(pairs, article_of, settings.seed)
+        units = {
+            "articles": [article_of.get(pair.root, -1) for pair in pairs],
+            "root contexts, as all are of one article": [pair.root for pair in pairs],
+        }
+        learnt, held_out, words = loop.hold_out(pairs, units, HELD_OUT, settings.seed)
         print_main(f"scorer:  learns from {len(learnt):,} pairs; held out {len(held_out):,}: {words}")
         model = scorer.load_scorer(base, encoder, settings.seed)
         before = scorer.accuracy(model, encoder, held_out)
-        rules = pick(TrainingRules, settings, "scorer_")
+        rules = pick(loop.TrainingRules, settings, "scorer_")
         speed = scorer.train(model, encoder, learnt, rules, results.scorer_checkpoints)
-        print_main(f"trained: {speed.words}")
+        print_main(f"trained: {speed}")
         after = scorer.accuracy(model, encoder, held_out)
         weights = on_main(lambda: scorer.save(model, results.scorer))
-        facts = Facts(base, weights, words, before, after, speed.words)
+        facts = Facts(base, weights, words, before, after, speed)
         on_main(lambda: record_scorer(results, facts))
     print_accuracy(facts)
     kept = KeptScores(results.scores_parts / facts.digest)

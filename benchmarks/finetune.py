@@ -70,8 +70,9 @@ def measure(which: str, shape: str, number: int, batch: int) -> tuple[float, str
     with tempfile.TemporaryDirectory() as folder:
         if which == "augcon":
             rules = loop.TrainingRules(epochs=1, batch=batch)
-            tuned = tuning.tune(model, tokenizer, examples, [], rules, Path(folder) / "ckpts")
-            return tuned.speed.tokens_per_second, loop.peak_memory()
+            _, words = tuning.tune(model, tokenizer, examples, [], rules, Path(folder) / "ckpts")
+            speed = words.partition(" tokens/s")[0].rpartition(" ")[2]
+            return float(speed.replace(",", "")), loop.peak_memory()
         config = SFTConfig(
             folder,
             num_train_epochs=1,

@@ -59,7 +59,7 @@ def main() -> None:
         ranks.print_main(f"{options.shape}, {ranks.world_size()} processes, {where}: {loop.peak_memory()} when made")
         rules = loop.TrainingRules(epochs=1, batch=options.batch)
         checkpoints = ranks.on_main(lambda: folder / "checkpoints")
-        ranks.print_main("training: " + scorer.train(model, encoder, pairs, rules, checkpoints).words)
+        ranks.print_main("training: " + scorer.train(model, encoder, pairs, rules, checkpoints))
         rows = encoder([(pair.context, pair.pos_query) for pair in pairs])
         work = list(scorer.batches(list(map(len, rows)), scorer.token_budget()))[ranks.rank() :: ranks.world_size()]
         started = time.monotonic()

@@ -56,9 +56,9 @@ said["scores"] = [scorer.score(which, encoder, rows) for which in (model, again)
 encode = load_encoder(tokenizer, base, 512)
 examples = [encode(Pair(question, answer * (20 if n == 3 else 1 + n % 3))) for n in range(16)]
 model = tuning.load_model(base, "nf4", "tiny", 1)
-tuned = tuning.tune(model, tokenizer, examples[2:], examples[:2], rules, folder / "c")
+log, _ = tuning.tune(model, tokenizer, examples[2:], examples[:2], rules, folder / "c")
 said["tuned"] = kinds(model)
-said["held out"] = [row["eval_loss"] for row in tuned.log if "eval_loss" in row]
+said["held out"] = [row["eval_loss"] for row in log if "eval_loss" in row]
 (folder / "said.json").write_text(json.dumps(said))
 """
 

@@ -284,7 +284,8 @@ def groups_of(sizes: list[int]) -> list[int]:
 def held_out_of(number: int, units: dict[str, list[int | None]], share: float = 0.05, seed: int = 1) -> tuple:
     """The places of the pairs held out, and how they were chosen."""
     pairs = [Pair(str(place), "") for place in range(number)]
-    learnt, held, words = tuning.hold_out(pairs, share, units, seed)
+    units = {**units, "single pairs": range(number)}
+    learnt, held, words = loop.hold_out(pairs, units, share, seed, many=20)
     assert sorted(learnt + held, key=lambda pair: int(pair.question)) == pairs
     return [int(pair.question) for pair in held], words
 
@@ -394,10 +395,17 @@ def test_a_training_that_does_not_fit_or_diverges_says_what_to_do():
 
     advice = {"too_large": "take less", "too_fast": "go slower"}
     ignore = lambda *_, **__: None  # noqa: E731
+    done = types.SimpleNamespace(metrics={"train_runtime": 2.0})
     trainer = types.SimpleNamespace(
-        model=torch.nn.Linear(1, 1), train=ignore, add_callback=ignore, remove_callback=ignore
+        model=torch.nn.Linear(1, 1),
+        state=types.SimpleNamespace(global_step=4, max_steps=4),
+        train=lambda **_: done,
+        add_callback=ignore,
+        remove_callback=ignore,
     )
-    loop.train(trainer, None, "training", 10, **advice)
+    assert loop.train(trainer, "c/checkpoint-2", "training", 60, **advice).startswith(
+        "2 steps in 2 s from checkpoint-2 on, 15 tokens/s per process"
+    )
     torch.nn.init.constant_(trainer.model.weight, torch.nan)
     with pytest.raises(UserError, match=r"diverged: .*; go slower"):
         loop.train(trainer, None, "training", 10, **advice)

@@ -18,7 +18,7 @@ from augcon.demo.tiny_model import make_tiny_model
 from augcon.errors import UserError
 from augcon.method.pairs import NEGATIVES
 from augcon.train import base as training
-from augcon.train import scorer
+from augcon.train import loop, scorer
 from augcon.train.scores import KeptScores, key
 
 CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
@@ -148,6 +148,12 @@ def some_pairs(roots: list[int]) -> list[ScorerPair]:
     return [ScorerPair(f"c{n}", "good", "bad", kinds[n % 3], root, f"{root}:0:") for n, root in enumerate(roots)]
 
 
+def held_out(pairs: list[ScorerPair], article_of: dict[int, int], seed: int) -> tuple:
+    """As step 2 holds out."""
+    units = {"articles": [article_of.get(p.root, -1) for p in pairs], "roots, one article": [p.root for p in pairs]}
+    return loop.hold_out(pairs, units, 0.1, seed)
+
+
 @given(
     st.lists(st.integers(0, 12), min_size=1, max_size=60),
     st.dictionaries(st.integers(0, 12), st.integers(0, 5)),
@@ -155,7 +161,7 @@ def some_pairs(roots: list[int]) -> list[ScorerPair]:
 )
 def test_held_out_pairs_share_no_article_with_the_others(roots: list[int], article_of: dict[int, int], seed: int):
     pairs = some_pairs(roots)
-    rest, held, words = scorer.hold_out(pairs, article_of, seed)
+    rest, held, words = held_out(pairs, article_of, seed)
     assert len(rest) + len(held) == len(pairs) and all(pair not in held for pair in rest)
     assert len(held) <= len(pairs) / 2, "most is left to learn from"
     articles = {article_of.get(root, -1) for root in roots}
@@ -163,12 +169,12 @@ def test_held_out_pairs_share_no_article_with_the_others(roots: list[int], artic
     assert not set(map(unit, held)) & set(map(unit, rest))
     assert bool(held) == (len(set(roots)) > 1)
     assert ("one article" in words) == (len(articles) == 1 and len(set(roots)) > 1)
-    assert scorer.hold_out(pairs, article_of, seed)[1] == held
+    assert held_out(pairs, article_of, seed)[1] == held
 
 
 def test_about_a_tenth_is_held_out():
     pairs = some_pairs([root for root in range(200) for _ in range(5)])
-    _, held, words = scorer.hold_out(pairs, {root: root // 4 for root in range(200)}, 1)
+    _, held, words = held_out(pairs, {root: root // 4 for root in range(200)}, 1)
     assert len(held) == 100 and words == "5 of 50 articles"
 
 

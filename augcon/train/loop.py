@@ -4,7 +4,6 @@ import dataclasses
 import random
 import resource
 import shutil
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from transformers.trainer_utils import get_last_checkpoint
 
 from augcon.errors import UserError
 from augcon.progress import bar
@@ -33,30 +33,22 @@ class TrainingRules:
     seed: int = 42
 
 
-@dataclasses.dataclass(frozen=True)
-class Speed:
-    """The speed of a run: tokens per second of one process, and all its figures in words."""
-
-    tokens_per_second: float
-    words: str
-
-
 def hold_out(
-    items: Sequence[Item], units: Mapping[str, Sequence[int]], share: float, most: float, seed: int
+    items: Sequence[Item], units: Mapping[str, Sequence[int | None]], share: float, seed: int, many: int = 2
 ) -> tuple[list[Item], list[Item], str]:
     """The items to learn from, about ``share`` of them held out in whole groups, and in words which groups those are.
 
-    ``units`` has the group of every item for each way to group them, by its name, the best first; the first with two
-    groups or more is used. No more than ``most`` (a share, too) is held out, but at least the smallest group.
+    ``units`` has the group of every item for each way to group them, the best first; the first with ``many`` groups
+    is used, or else the last. No more than the larger of ``share`` and 1/``many`` is held out, but at least a group.
     """
     for unit, groups in units.items():
         sizes = Counter(groups)
-        if len(sizes) < 2:
+        if not share or None in sizes or len(sizes) < (2 if unit == list(units)[-1] else many):
             continue
-        held: set[int] = set()
+        held: set[int | None] = set()
         number = 0
-        for group in random.Random(seed).sample(sorted(sizes), len(sizes)):
-            if number < share * len(items) and number + sizes[group] <= max(1, most * len(items)):
+        for group in random.Random(seed).sample(sorted(sizes), len(sizes)):  # type: ignore[type-var]
+            if number < share * len(items) and number + sizes[group] <= max(1, share * len(items), len(items) / many):
                 held.add(group)
                 number += sizes[group]
         held = held or {min(sizes, key=lambda group: (sizes[group], group))}
@@ -98,12 +90,8 @@ class _Progress(transformers.TrainerCallback):
     def __init__(self, what: str) -> None:
         self.what = what
         self.bar: Any = None
-        self.started = self.seconds = 0.0
-        self.steps = self.all_steps = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started = time.monotonic()
-        self.steps, self.all_steps = -state.global_step, state.max_steps
         if is_main():
             self.bar = bar(state.max_steps, self.what, "steps")
             self.bar.update(state.global_step)
@@ -123,31 +111,30 @@ class _Progress(transformers.TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.seconds = time.monotonic() - self.started
-        self.steps += state.global_step
         if self.bar:
             self.bar.close()
 
 
-def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: str, too_fast: str) -> Speed:
-    """Trains, from the checkpoint ``last`` on if there is one. ``tokens`` is their number in the whole training.
+def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: str, too_fast: str) -> str:
+    """Trains, from the checkpoint ``last`` on if there is one; returns the figures of this run in words.
 
-    Raises UserError, with what to do, when the training does not fit in memory or diverges.
+    ``tokens`` is their number in the whole training. Raises UserError, with what to do, when the training does not fit
+    in memory or diverges.
     """
     trainer.remove_callback(transformers.PrinterCallback)
-    watch = _Progress(what)
-    trainer.add_callback(watch)
+    trainer.add_callback(_Progress(what))
     try:
-        trainer.train(resume_from_checkpoint=last)
+        seconds = max(trainer.train(resume_from_checkpoint=last).metrics["train_runtime"], 1e-9)
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the training needs more memory than the GPU has; {too_large}") from error
     if not all(weights.isfinite().all() for weights in trainer.model.parameters() if weights.requires_grad):
         raise UserError(f"the training diverged: weights are no longer finite; {too_fast}")
-    done = tokens * watch.steps / max(watch.all_steps, 1) / world_size()
-    speed = done / max(watch.seconds, 1e-9)
-    resumed = f" from {Path(last).name} on" if last else ""
-    steps = f"{watch.steps:,} steps in {watch.seconds:.0f} s{resumed}"
-    return Speed(speed, f"{steps}, {speed:,.0f} tokens/s per process, {peak_memory()}")
+    steps, resumed = trainer.state.global_step, ""
+    if last:
+        resumed = f" from {Path(last).name} on"
+        steps -= int(last.rpartition("-")[2])
+    speed = tokens * steps / max(trainer.state.max_steps, 1) / world_size() / seconds
+    return f"{steps:,} steps in {seconds:.0f} s{resumed}, {speed:,.0f} tokens/s per process, {peak_memory()}"
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -155,22 +142,19 @@ def last_checkpoint(folder: Path) -> str | None:
 
     Raises UserError when another number of processes has written it: each of them keeps its part of the optimizer.
     """
-    whole = []
     for path in folder.glob("checkpoint-*"):
-        if (path / _WHOLE).exists():
-            whole.append(path)
-        else:
+        if not (path / _WHOLE).exists():
             shutil.rmtree(path)
-    if not whole:
+    last = get_last_checkpoint(str(folder)) if folder.exists() else None
+    if last is None:
         return None
-    last = max(whole, key=lambda path: int(path.name.rpartition("-")[2]))
-    writers = len(list(last.glob("global_step*/*_optim_states.pt")))  # DeepSpeed writes one for each process
+    writers = len(list(Path(last).glob("global_step*/*_optim_states.pt")))  # DeepSpeed writes one for each process
     if writers != world_size():
         raise UserError(
             f"the training in {folder} was begun by {writers} processes, and this run has {world_size()}; use "
             f"--num_gpus {writers}, or remove that folder to train anew"
         )
-    return str(last)
+    return last
 
 
 def peak_memory() -> str:

@@ -15,15 +15,14 @@ from typing import Any, TypeVar, cast
 from augcon.errors import UserError
 
 Result = TypeVar("Result")
-_TIMEOUT = timedelta(days=7)  # the others wait while the first process reads, filters and writes
 
 
 @functools.cache
 def waiting_group() -> Any:
-    """A process group in which processes may wait for hours; NCCL would take that for a failure."""
+    """A process group in which the others may wait for hours while the first one reads, filters and writes."""
     import torch.distributed as dist
 
-    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return dist.new_group(backend="gloo", timeout=timedelta(days=7))  # NCCL would take that for a failure
 
 
 def rank() -> int:
@@ -49,20 +48,16 @@ def print_main(text: str) -> None:
 
 def on_main(work: Callable[[], Result]) -> Result:
     """Runs ``work`` in the first process and returns its result in all of them; so with a UserError that it raises."""
-    if world_size() == 1:
-        return work()
-    import torch.distributed as dist
-
-    outcome: list[Any] = [None, None]  # result, error
+    result, error = None, None
     if is_main():
         try:
-            outcome[0] = work()
-        except UserError as error:
-            outcome[1] = str(error)
-    dist.broadcast_object_list(outcome, src=0, group=waiting_group())
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return cast(Result, outcome[0])
+            result = work()
+        except UserError as problem:
+            error = str(problem)
+    result, error = all_gather((result, error))[0]
+    if error is not None:
+        raise UserError(error)
+    return cast(Result, result)
 
 
 def all_gather(mine: Result) -> list[Result]:

@@ -32,7 +32,6 @@ from augcon.train.ranks import all_gather, barrier, is_main, on_main, rank, worl
 from augcon.train.scores import KeptScores
 
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
-HELD_OUT = 0.1  # of the pairs, by whole articles
 _WEIGHTS = "adapter_model.safetensors"
 
 Tokens = list[int]
@@ -118,20 +117,6 @@ def pair_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
     return -F.logsigmoid(better - worse).mean() + CENTRING * (better + worse).square().mean()
 
 
-def hold_out(
-    pairs: Sequence[ScorerPair], article_of: Mapping[int, int], seed: int
-) -> tuple[list[ScorerPair], list[ScorerPair], str]:
-    """The pairs to learn from, about a tenth to test on, by whole articles, and in words what those are.
-
-    Where all are of one article, by root context; where all are of one root context, none is held out.
-    """
-    units = {
-        "articles": [article_of.get(pair.root, -1) for pair in pairs],
-        "root contexts, as all are of one article": [pair.root for pair in pairs],
-    }
-    return loop.hold_out(pairs, units, HELD_OUT, 0.5, seed)
-
-
 class _PairTrainer(transformers.Trainer):
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
         return pair_loss(*model(**inputs).logits.squeeze(-1).chunk(2))
@@ -143,10 +128,10 @@ def train(
     pairs: Sequence[ScorerPair],
     rules: loop.TrainingRules,
     checkpoints: Path,
-) -> loop.Speed:
+) -> str:
     """Trains the scorer in place, all processes together, from the last of the ``checkpoints`` on.
 
-    Raises UserError when it does not fit in memory or diverges.
+    Returns the figures in words. Raises UserError when it does not fit in memory or diverges.
     """
     better = encoder([(pair.context, pair.pos_query) for pair in pairs])
     worse = encoder([(pair.context, pair.neg_query) for pair in pairs])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +14,14 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
-from augcon.data import Pair
 from augcon.errors import UserError
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, load_base, lora, weight_files
 from augcon.train.chat import TrainingExample
-from augcon.train.ranks import on_main, world_size
+from augcon.train.ranks import on_main, print_main, world_size
 
-_ENOUGH_GROUPS = 20  # to hold out whole ones: with fewer, one would be too large a part of the data
 # Of the largest logit: the change that rounding to 16 bits may make where nothing leaks. A leak changes far more.
 _ROUNDING = 0.02
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """The outcome: the model, the Trainer's log history, how the pairs were packed in words, and the speed."""
-
-    model: PeftModel
-    log: list[dict[str, Any]]
-    packing: str
-    speed: loop.Speed
-
-
-def hold_out(
-    pairs: Sequence[Pair], share: float, units: Mapping[str, Sequence[int | None]], seed: int
-) -> tuple[list[Pair], list[Pair], str]:
-    """The pairs to learn from, about ``share`` of them held out, and in words how those were chosen.
-
-    By whole articles, else by whole root contexts, where ``units`` has those of all pairs and there are many: questions
-    about one text have much in common.
-    """
-    if not share:
-        return list(pairs), [], "none"
-    enough: dict[str, Sequence[int]] = {
-        unit: [group for group in groups if group is not None]
-        for unit, groups in units.items()
-        if None not in groups and len(set(groups)) >= _ENOUGH_GROUPS
-    }
-    enough["single pairs, as their texts are few or not known"] = range(len(pairs))
-    return loop.hold_out(pairs, enough, share, share, seed)
 
 
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
@@ -85,10 +54,11 @@ def tune(
     held_out: Sequence[TrainingExample],
     rules: loop.TrainingRules,
     checkpoints: Path,
-) -> Tuned:
+) -> tuple[list[dict[str, Any]], str]:
     """Trains the adapter in place, all processes together, from the last of the ``checkpoints`` on.
 
-    Raises UserError when it does not fit in memory or diverges.
+    Returns the Trainer's log history, and the figures in words. Raises UserError when the training does not fit in
+    memory or diverges.
     """
     datasets.disable_progress_bars()
     lengths = [len(example.input_ids) for example in examples]
@@ -113,7 +83,8 @@ def tune(
         "eval_on_start": bool(held_out) and not last,
     }
     trainer = _trainer(model, tokenizer, rows, held_out, arguments)
-    speed = loop.train(
+    print_main(f"packing: {packing}")
+    words = loop.train(
         trainer,
         last,
         "fine-tuning",
@@ -121,7 +92,7 @@ def tune(
         too_large="lower --max-tokens or --batch, or use --quantize nf4",
         too_fast=f"lower --learning-rate {rules.learning_rate} and add --redo",
     )
-    return Tuned(model, trainer.state.log_history, packing, speed)
+    return trainer.state.log_history, words
 
 
 def _trainer(
