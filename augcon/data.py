@@ -160,8 +160,8 @@ class Request:
     """What is asked: messages, sampling parameters, and ``sample``, the number of this draw of them.
 
     ``max_tokens`` limits the reply. ``end`` are stop strings, ``text_end`` further ones for the completions endpoint,
-    where a model would go on with a turn of its own. ``pattern`` is a regular expression that the server holds the
-    reply to.
+    where a model would go on with a turn of its own. ``pattern`` is a regular expression that the reply should
+    match; the server may hold it to that.
     """
 
     messages: list[Message]

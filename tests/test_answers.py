@@ -135,7 +135,7 @@ def test_an_example_without_an_answer_is_not_graded():
 
 def test_a_server_can_be_held_to_the_form_of_a_grade():
     model = Model("好", "评分：3")
-    attempt(model, AnswerRules(structured_output=True))
+    attempt(model)
     assert [request.pattern for request in model.requests] == [None, "评分：([1-9]|10)"]
 
 

@@ -36,6 +36,7 @@ class Endpoint:
     api_base: str
     api_key: SecretStr = dataclasses.field(default=SecretStr("EMPTY"))
     completions: bool = False
+    structured_output: bool = True
     max_in_flight: int = 256
     request_timeout: float = 300.0
     server_wait: float = 600.0
@@ -146,6 +147,7 @@ class LLM:
         """The JSON of a call."""
         completions = self.endpoint.completions
         stop = request.end + (request.text_end if completions else ())
+        pattern = self.endpoint.structured_output and request.pattern
         return {
             "model": self.model,
             "temperature": request.temperature,
@@ -153,7 +155,7 @@ class LLM:
             "seed": self.endpoint.seed * 10_000 + request.sample,
             **({"prompt": as_text(request.messages)} if completions else {"messages": request.messages}),
             **({"stop": list(stop)} if stop else {}),
-            **({"structured_outputs": {"regex": request.pattern}} if request.pattern else {}),
+            **({"structured_outputs": {"regex": request.pattern}} if pattern else {}),
         }
 
     async def _call(self, body: dict[str, object]) -> Reply:

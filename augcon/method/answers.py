@@ -22,7 +22,6 @@ class AnswerRules:
     answer_max_tokens: int = 4096
     answer_tries: int = 3
     tries: int = 4  # of a grade
-    structured_output: bool = False
 
 
 Trial = tuple[int, int]  # the number of a set of examples, and that of an example that it leaves out
@@ -118,8 +117,8 @@ async def try_examples(
     if answer.value is None:
         return Graded(None, None, f"no answer: {answer.reason}")
     messages = prompts.grade_messages(example.context, example.question, example.answer, answer.value)
-    pattern = prompts.grade_pattern() if rules.structured_output else None
-    request = Request(messages, 0, rules.answer_max_tokens, text_end=prompts.end_of_reply(), pattern=pattern)
+    end, pattern = prompts.end_of_reply(), prompts.grade_pattern()
+    request = Request(messages, 0, rules.answer_max_tokens, text_end=end, pattern=pattern)
     labels = (prompts.labels.grade, *GRADE_LABELS)
     grade = await ask_until_parsed(ask, request, rules.tries, lambda reply: parse_grade(reply, labels))
     return Graded(answer.value, grade.value, grade.reason)

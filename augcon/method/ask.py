@@ -13,16 +13,18 @@ WARMER = 0.7  # the temperature of further tries where the first has none: at 0 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked(Generic[Parsed]):
-    """What asking came to: ``value``, or None and the ``reason``.
-
-    ``tries`` counts the replies, ``reply`` is the last. ``refused``: the server would not answer at all.
-    """
+    """What asking came to. ``tries`` counts the replies, ``reply`` is the last; ``refused``: there will be none."""
 
     value: Parsed | None
     tries: int
     reason: str = ""
     reply: str = ""
     refused: bool = False
+
+    @property
+    def outcome(self) -> Parsed | str:
+        """The value, or the reason why there is none."""
+        return self.reason if self.value is None else self.value
 
 
 async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Asked[Parsed]:
@@ -32,8 +34,11 @@ async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callab
     """
     reason, text = "never asked", ""
     for attempt in range(tries):
+        if attempt:  # a fresh sample, without stop strings: one of them may have cut the reply short
+            warm = request.temperature or WARMER
+            request = dataclasses.replace(request, sample=request.sample + 1, end=(), temperature=warm)
         try:
-            reply = await ask(request if not attempt else _again(request, attempt))
+            reply = await ask(request)
         except Refused as error:
             return Asked(None, attempt, str(error), text, refused=True)
         text = reply.text
@@ -45,10 +50,3 @@ async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callab
         except Unparseable as error:
             reason = str(error)
     return Asked(None, tries, reason, text)
-
-
-def _again(request: Request, attempt: int) -> Request:
-    """The request for another sample, without stop strings: one of them may have cut the reply short."""
-    return dataclasses.replace(
-        request, sample=request.sample + attempt, end=(), temperature=request.temperature or WARMER
-    )

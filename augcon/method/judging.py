@@ -2,12 +2,12 @@
 
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from augcon.data import Ask, Grades, Message, Pair, Request
-from augcon.method.ask import Parsed, ask_until_parsed
+from augcon.data import Ask, Grades, Pair, Request
+from augcon.method.ask import ask_until_parsed
 from augcon.text.parse import parse_grades, parse_verdict
 from augcon.text.prompts import Prompts
 
@@ -21,13 +21,13 @@ class JudgeRules:
 
     answer_max_tokens: int = 4096
     tries: int = 4
-    structured_output: bool = False
 
 
 async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: JudgeRules) -> Grades | str:
     """The grades of an answer, or the reason why there are none."""
     messages = prompts.judge_messages(pair.question, pair.answer)
-    return await _ask_judge(ask, messages, prompts.judge_pattern(), rules, lambda said: parse_grades(said, prompts))
+    request = Request(messages, 0, rules.answer_max_tokens, pattern=prompts.judge_pattern())
+    return (await ask_until_parsed(ask, request, rules.tries, lambda said: parse_grades(said, prompts))).outcome
 
 
 def coins(number: int, seed: int) -> list[bool]:
@@ -42,16 +42,9 @@ async def compare(ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped
     """
     shown = (second.answer, first.answer) if swapped else (first.answer, second.answer)
     messages = prompts.compare_messages(first.question, *shown)
-    place = await _ask_judge(ask, messages, prompts.compare_pattern(), rules, lambda said: parse_verdict(said, prompts))
+    request = Request(messages, 0, rules.answer_max_tokens, pattern=prompts.compare_pattern())
+    place = (await ask_until_parsed(ask, request, rules.tries, lambda said: parse_verdict(said, prompts))).outcome
     return 1 - place if swapped and place in (0, 1) else place
-
-
-async def _ask_judge(
-    ask: Ask, messages: list[Message], pattern: str, rules: JudgeRules, parse: Callable[[str], Parsed]
-) -> Parsed | str:
-    request = Request(messages, 0, rules.answer_max_tokens, pattern=pattern if rules.structured_output else None)
-    asked = await ask_until_parsed(ask, request, rules.tries, parse)
-    return asked.reason if asked.value is None else asked.value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Pairs for the scorer: a query of a tree, and a worse one for the same context (paper section 3.3)."""
 
+import functools
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -36,10 +37,7 @@ async def make_pairs(
     order = random.Random(seed).sample(queries, len(queries))
     third = len(order) // len(NEGATIVES)
     for number, kind in enumerate(NEGATIVES):
-
-        async def pair(query: Query, kind: str = kind) -> ScorerPair | str:
-            return await _make_pair(ask, prompts_for(query.root), query, kind, rules)
-
+        pair = functools.partial(_make_pair, ask, prompts_for, rules, kind)
         reserve, made = order[number * third : (number + 1) * third], 0
         while reserve and made < negatives:
             batch, reserve = reserve[: negatives - made], reserve[negatives - made :]
@@ -48,14 +46,16 @@ async def make_pairs(
                 yield outcome
 
 
-async def _make_pair(ask: Ask, prompts: Prompts, query: Query, kind: str, rules: TreeRules) -> ScorerPair | str:
-    """A pair with a query from a weaker prompt; generation stops where the halves would begin."""
+async def _make_pair(
+    ask: Ask, prompts_for: Callable[[int], Prompts], rules: TreeRules, kind: str, query: Query
+) -> ScorerPair | str:
+    prompts = prompts_for(query.root)
     request = Request(
         prompts.cst_messages(query.context, **NEGATIVES[kind]),
         rules.query_temperature,
         rules.query_max_tokens,
         end=prompts.end_of_question(),
-        pattern=prompts.question_pattern() if rules.structured_output else None,
+        pattern=prompts.question_pattern(),
     )
     worse = await ask_until_parsed(ask, request, rules.tries, lambda text: parse_question(text, prompts))
     if worse.value is None:

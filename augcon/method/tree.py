@@ -24,7 +24,6 @@ class TreeRules:
     tries: int = 4
     oversample: float = 1.15
     max_passes: int = 6
-    structured_output: bool = False
     max_length: int = 500  # of a root context: bounds the halves where the server enforces the form of replies
 
 
@@ -66,7 +65,7 @@ async def grow_tree(
             rules.query_max_tokens,
             sample=pass_number * rules.tries,
             text_end=prompts.end_of_reply(),
-            pattern=prompts.cst_pattern(rules.max_length) if rules.structured_output else None,
+            pattern=prompts.cst_pattern(rules.max_length),
         )
         asked = await ask_until_parsed(ask, request, rules.tries, lambda text: parse_split(text, prompts))
         if asked.value is None:
