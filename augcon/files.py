@@ -56,15 +56,13 @@ def _unfinished(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: object) -> None:
     """Writes one JSON value, indented."""
     with new_file(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.write("\n")
+        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes JSON Lines."""
     with new_file(path) as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:

@@ -1,9 +1,7 @@
-"""The client of the LLM: one async call for a request, within limits, with retries.
-
-Every reply goes through the store, so that no call is made twice.
-"""
+"""The client of the LLM: one async call for a request, within limits, with retries, and never made twice."""
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,7 +41,7 @@ class Endpoint:
     seed: int = 0
 
 
-class LLM:
+class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     """A model on an OpenAI-compatible server; an async context manager.
 
     ``counts`` has the calls, the requests that were "replayed" from the store or "shared" a call, the retries by
@@ -65,18 +63,14 @@ class LLM:
         self._failing_since: float | None = None  # first failure after the last success
         self._accepted: set[frozenset[str]] = set()  # sets of parameters that the server has answered
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=endpoint.max_in_flight)
-        # no proxy of the environment can reach this machine
         loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", endpoint.api_base, re.IGNORECASE)
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.api_base,
             api_key=endpoint.api_key.get_secret_value(),
             max_retries=0,
             timeout=endpoint.request_timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),
+            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),  # no proxy to loopback
         )
-
-    async def __aenter__(self) -> "LLM":
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         await self._client.close()
@@ -88,9 +82,12 @@ class LLM:
         answers within PATIENCE seconds, when it refuses the key, or when it does not serve the model.
         """
         api_base = self.endpoint.api_base
-        starting = stamina.AsyncRetryingCaller(attempts=None, timeout=PATIENCE, wait_max=1)
         try:
-            await starting(failures.NO_ANSWER, self._list_models)
+            async for attempt in stamina.retry_context(failures.NO_ANSWER, attempts=None, timeout=PATIENCE, wait_max=1):
+                with attempt:
+                    async with asyncio.timeout(min(60, self.endpoint.request_timeout)):
+                        models = [model async for model in self._client.models.list()]
+            self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
         except failures.NO_ANSWER as error:
             raise UserError(
                 f"no server answered at {api_base} ({failures.describe(error)}); start one with python serve.py, or "
@@ -104,11 +101,6 @@ class LLM:
         if not self.served:  # a request for one token shows whether address, key and name are right
             await _Attempts(self, self._body(_PROBE)).reply()
         return self.model
-
-    async def _list_models(self) -> None:
-        async with asyncio.timeout(min(60, self.endpoint.request_timeout)):
-            models = [model async for model in self._client.models.list()]
-        self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
 
     async def ask(self, request: Request) -> Reply:
         """The reply to a request, from the store or the server.
@@ -144,7 +136,6 @@ class LLM:
         return reply
 
     def _body(self, request: Request) -> dict[str, object]:
-        """The JSON of a call."""
         completions = self.endpoint.completions
         stop = request.end + (request.text_end if completions else ())
         pattern = self.endpoint.structured_output and request.pattern

@@ -3,7 +3,6 @@
 import email.utils
 import re
 import time
-from collections.abc import Iterable
 
 import aiohttp
 import openai
@@ -28,10 +27,8 @@ TOO_LONG = re.compile(
 )
 
 
-def final(
-    error: Exception, accepted: bool, api_base: str, model: str, served: Iterable[str]
-) -> Refused | UserError | None:
-    """What to raise for a failure that no retry can mend; None for any other.
+def final(error: Exception, accepted: bool, api_base: str, model: str, served: dict[str, str]) -> Exception | None:
+    """The Refused or UserError to raise for a failure that no retry can mend; None for any other.
 
     ``accepted``: the server has answered other requests with the same parameters, so that a refusal concerns this
     one only. ``model`` was asked for; ``served`` are the models that the server lists.
@@ -42,9 +39,7 @@ def final(
     if status in {401, 403}:
         return UserError(f"the server at {api_base} refuses the key (status {status}); set AUGCON_API_KEY or --api-key")
     if error.code == "insufficient_quota":
-        return UserError(
-            f"the quota of the key for {api_base} is used up ({message}); raise it or set another --api-key"
-        )
+        return UserError(f"the quota of the key for {api_base} is used up ({message}); raise it or set another key")
     if status == 413 or TOO_LONG.search(str(error.body)):
         return Refused("context too long for the model")
     if status >= 500 or status in TEMPORARY:
@@ -52,16 +47,13 @@ def final(
     if status == 404 and "model" in message.lower():
         return unknown_model(model, api_base, served, f" ({message})")
     if status == 404:
-        return UserError(
-            f"the server has nothing at {error.request.url} (status 404: {message}); "
-            "correct --api-base, which usually ends in /v1"
-        )
+        return UserError(f"nothing is at {error.request.url} ({message}); correct --api-base, which often ends in /v1")
     if accepted or error.code == "content_filter":
         return Refused(f"refused with status {status}")
     return UserError(f"the server at {api_base} refuses all requests of this kind (status {status}): {message}")
 
 
-def unknown_model(model: str, api_base: str, served: Iterable[str], detail: str = "") -> UserError:
+def unknown_model(model: str, api_base: str, served: dict[str, str], detail: str = "") -> UserError:
     """The error for a server that does not serve ``model``; ``detail`` may quote what the server says."""
     choice = f"; it serves {', '.join(map(repr, served))}" if served else ""
     return UserError(f"the server at {api_base} does not serve {model!r}{detail}{choice}; name one with --api-model")

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from augcon.errors import UserError
 
 SLACK = 512  # MiB by which the memory in use may exceed what it was before
-PATIENCE = 60  # seconds to wait for that
 
 
 def visible_gpus() -> list[str]:
@@ -38,13 +37,13 @@ def require_gpu_numbers() -> None:
 
 @contextlib.contextmanager
 def gpu_memory_released() -> Iterator[None]:
-    """On exit, waits until the GPUs hold no more memory than on entry, for at most PATIENCE seconds."""
+    """On exit, waits until the GPUs hold no more memory than on entry, for at most a minute."""
     gpus = visible_gpus()
     before = _memory_used(gpus)
     try:
         yield
     finally:
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + 60
         while held := [uuid for uuid, used in _memory_used(gpus).items() if used > before.get(uuid, 0) + SLACK]:
             if time.monotonic() > deadline:
                 print(f"warning: memory is still in use on {', '.join(held)}", file=sys.stderr)

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import IO
 
 import psutil
@@ -24,6 +24,7 @@ from augcon.machine.gpus import gpu_memory_released
 TIMEOUT = 20  # seconds from SIGTERM to SIGKILL
 _DEATH_SIGNAL, _SUBREAPER = 1, 36  # of prctl(2)
 _libc = ctypes.CDLL(None)
+Process = subprocess.Popen[bytes]
 
 
 @contextlib.contextmanager
@@ -39,10 +40,8 @@ def stopping_children(stop_with_parent: bool = False) -> Iterator[None]:
 
     nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     signals = [signal.SIGINT, signal.SIGTERM] + [signal.SIGHUP] * (not nohup)
-    handlers = {number: signal.getsignal(number) for number in signals}
+    handlers = {number: signal.signal(number, interrupt) for number in signals}
     try:
-        for number in signals:
-            signal.signal(number, interrupt)
         _libc.prctl(_SUBREAPER, 1)  # adopt the grandchildren whose parent has ended
         if stop_with_parent and not nohup:
             _stop_with(os.getppid())
@@ -55,9 +54,7 @@ def stopping_children(stop_with_parent: bool = False) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def start(
-    command: list[str], environment: Mapping[str, str] | None = None, log: IO[str] | None = None
-) -> "subprocess.Popen[bytes]":
+def start(command: list[str], env: dict[str, str] | None = None, log: IO[str] | None = None) -> Process:
     """Starts a command in a session of its own, where Ctrl-C does not reach it.
 
     With ``log``, its output goes there and its input is empty. Raises UserError when it cannot be started.
@@ -66,13 +63,13 @@ def start(
     stdin = subprocess.DEVNULL if log else None
     try:
         return subprocess.Popen(
-            command, env=environment, stdin=stdin, stdout=log, stderr=log, start_new_session=True, preexec_fn=follow
+            command, env=env, stdin=stdin, stdout=log, stderr=log, start_new_session=True, preexec_fn=follow
         )
     except OSError as error:
         raise UserError(f"cannot run {command[0]}: {one_line(error)}") from error
 
 
-def exit_status(process: "subprocess.Popen[bytes]") -> int:
+def exit_status(process: Process) -> int:
     """Waits for the end of a process; its status as a shell reports it."""
     status = process.wait()
     return 128 - status if status < 0 else status

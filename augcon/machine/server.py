@@ -9,19 +9,16 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from augcon.errors import UserError, one_line
 from augcon.machine.processes import start
 
-_HOME = Path(__file__).parent.parent.parent
 _ERROR = re.compile(r"\b(\w*(?:[Ee]rror|Exception): .+)")
 _PROGRESS = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")  # a message of vLLM, or a progress bar
 
 
 def python_module(module: str, port: int) -> list[str]:
-    """The command line of a Python module that serves on loopback."""
-    # -P: nothing in the user's working directory shadows a module
+    """The command that serves a Python module on loopback. With -P, nothing in the working directory shadows it."""
     return [sys.executable, "-P", "-m", module, "--host", "127.0.0.1", "--port", str(port)]
 
 
@@ -35,14 +32,14 @@ def free_port(wanted: int = 0) -> int:
 
 def port_of(api_base: str) -> int:
     """The port in ``api_base``. Raises UserError if no server can be started at that address."""
-    parts = urlsplit(api_base)
-    if parts.scheme != "http" or parts.hostname not in {"127.0.0.1", "localhost"} or parts.path.rstrip("/") != "/v1":
+    address = re.fullmatch(r"http://(?:127\.0\.0\.1|localhost)(?::(\d+))?/v1/?", api_base)
+    if not address:
         raise UserError(
             f"--api-base {api_base!r}: a server can be started on this machine only, at http://127.0.0.1:PORT/v1"
         )
     try:
-        return free_port(parts.port or 80)
-    except (OSError, OverflowError, ValueError) as error:
+        return free_port(int(address[1] or 80))
+    except (OSError, OverflowError) as error:
         raise UserError(
             f"cannot listen at {api_base} ({one_line(error)}); stop what listens there, or choose another --api-base"
         ) from error
@@ -52,9 +49,9 @@ class Server:
     """A server process with its own log. Start it inside ``processes.stopping_children``, which stops it."""
 
     def __init__(self, command: list[str], port: int, log: Path) -> None:
-        self.address = f"http://127.0.0.1:{port}"
+        self.api_base = f"http://127.0.0.1:{port}/v1"
         self.log = log
-        modules = os.pathsep.join(filter(None, [str(_HOME), os.environ.get("PYTHONPATH")]))
+        modules = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a", encoding="utf-8") as file:
@@ -71,7 +68,10 @@ class Server:
         started = printed = time.monotonic()
         while True:
             self.check()
-            with contextlib.suppress(OSError), without_proxy.open(f"{self.address}/health", timeout=5):
+            with (
+                contextlib.suppress(OSError),
+                without_proxy.open(self.api_base.removesuffix("v1") + "health", timeout=5),
+            ):
                 return
             if time.monotonic() - printed >= 15:
                 printed = time.monotonic()
@@ -85,8 +85,7 @@ class Server:
         if status is None:
             return
         lines = self._log_lines()
-        for line in lines[-8:]:
-            print(f"  | {line[:200]}", file=sys.stderr)
+        print(*(f"  | {line[:200]}" for line in lines[-8:]), sep="\n", file=sys.stderr)
         reason = next((f": {match[1][:300]}" for line in lines if (match := _ERROR.search(line))), "")
         raise UserError(f"the server has ended with status {status}{reason}; see its log, {self.log}")
 

