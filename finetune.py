@@ -21,6 +21,7 @@ from typing import Any
 from augcon.data import Pair
 from augcon.errors import UserError, one_line, stage
 from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
 from augcon.run.record import Record
 from augcon.run.results import Results
@@ -61,7 +62,7 @@ def main() -> None:
     settings = load_settings(__doc__, "fine-tuning")
     output = Results(settings.output or settings.results)
     print_main(settings.describe())
-    training.start_processes()
+    training.start_processes(len(visible_gpus()))
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(output.held()))
         inputs = on_main(lambda: read_inputs(settings))

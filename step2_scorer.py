@@ -15,6 +15,7 @@ from collections import Counter
 from augcon.data import Query, RootContext, ScorerPair
 from augcon.errors import UserError, stage
 from augcon.files import digest, read_json, write_json, write_lines
+from augcon.machine.gpus import visible_gpus
 from augcon.method.diversity import Sweep, rank_and_filter
 from augcon.method.pairs import NEGATIVES
 from augcon.run.record import Inputs
@@ -54,7 +55,7 @@ def main() -> None:
         roots, queries, pairs = read_step_1(results)  # what is wrong with the input is reported before anything slow
         from augcon.train.base import start_processes
 
-        start_processes()
+        start_processes(len(visible_gpus()))
         scores: dict[str, float] = {}
         if pairs or settings.score_only:
             scores = train_and_score(settings, results, roots, queries, pairs)

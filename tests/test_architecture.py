@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "text": {"data", "errors"},
     "llm": {"data", "errors", "text"},
     "method": {"data", "errors", "ordered", "text"},
-    "train": {"data", "errors", "files", "machine", "progress", "text"},
+    "train": {"data", "errors", "files", "progress"},
     "run": {"data", "errors", "files", "llm", "method", "progress", "text"},
     "machine": {"errors"},
     "demo": {"data", "errors", "text"},

@@ -14,7 +14,6 @@ import transformers
 from conftest import run, says_one_line
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from standins import fake_gpus, with_path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon.data import Pair
@@ -270,11 +269,9 @@ def test_a_base_that_is_quantised_on_disk_is_refused_at_once(tmp_path: Path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use the GPUs here")
-def test_gpus_that_pytorch_cannot_use_are_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", with_path(fake_gpus(tmp_path, 2)))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+def test_gpus_that_pytorch_cannot_use_are_not_passed_over():
     with pytest.raises(UserError, match=r"2 GPUs, but PyTorch .* cannot use them \(.+\)"):
-        training.start_processes()
+        training.start_processes(2)
 
 
 def groups_of(sizes: list[int]) -> list[int]:

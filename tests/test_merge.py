@@ -330,9 +330,7 @@ def test_damaged_bases_are_one_line(nf4: Parts, merge: Callable[..., Merged], tm
     assert "quantised on disk" in refused(base)
     for file in base.glob("model*"):
         file.unlink()
-    assert "holds no model" in refused(base)
-    (base / "pytorch_model.bin").touch()
-    assert ".bin only" in refused(base)
+    assert "holds no model" in (said := refused(base)) and ".bin" in said
     assert "no/such" in refused(Path("no/such"))
 
 

@@ -191,15 +191,15 @@ def test_what_a_kill_tears_off_costs_only_that_batch(tmp_path: Path):
     kept.read()
     assert (kept.plan, kept.scores) == ([], {})
     kept.add_to_plan([["a", "b"], ["c"], ["d"]])
-    kept.keep(0, 0, [1.5, 2.5])
+    kept.keep(0, {"a": 1.5, "b": 2.5})
     with (tmp_path / "scores" / "part-0.jsonl").open("a") as part:
-        part.write('\n{"batch": 1, "sco')
-    kept.keep(0, 2, [4.0])
+        part.write('\n{"c": 1')
+    kept.keep(0, {"d": 4.0})
     again = KeptScores(tmp_path / "scores")
     again.read()
     assert again.plan == [["a", "b"], ["c"], ["d"]] and again.scores == {"a": 1.5, "b": 2.5, "d": 4.0}
     again.add_to_plan([["e"]])
-    again.keep(1, 3, [5.0])
+    again.keep(1, {"e": 5.0})
     kept.read()
     assert kept.scores == {"a": 1.5, "b": 2.5, "d": 4.0, "e": 5.0}
 

@@ -257,7 +257,7 @@ def test_killed_in_training_and_in_scoring_it_goes_on_to_the_same_outcome(few: P
     (torn / "trainer_state.json").write_text("{")
     killed(flags, results, "scores_parts/*/part-*.jsonl", 10)
     assert facts_of(results, "scorer")["base"] == str(base) and not (results / "scorer_checkpoints").exists()
-    scored = sum(len(row["scores"]) for path in results.glob("scores_parts/*/part-*") for row in rows_of(path))
+    scored = sum(len(row) for path in results.glob("scores_parts/*/part-*") for row in rows_of(path))
     last = run("step2_scorer.py", *flags)
     assert last.returncode == 0 and "as trained before" in last.stdout, last.stderr
     assert "from checkpoint-" in facts_of(results, "scorer")["speed"]

@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,6 @@ from huggingface_hub import snapshot_download
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
-from augcon.machine.gpus import visible_gpus
 from augcon.train.ranks import waiting_group
 
 if not torch.cuda.is_available():
@@ -27,16 +25,20 @@ _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "L
 _NOT_COMPANIONS = ("*.index.json", "adapter_config.json", "run.json")
 
 
-def start_processes() -> None:
+def start_processes(gpus: int = 0) -> None:
     """Connects this process with the others of the run, each on a GPU of its own; call it before anything else here.
 
-    Raises UserError where there are GPUs that PyTorch cannot use: a large model would take forever on the CPU.
+    Raises UserError where PyTorch cannot use the ``gpus`` of this machine: a large model would take forever on the CPU.
     """
-    if not torch.cuda.is_available() and (gpus := visible_gpus()):
-        raise UserError(
-            f"there are {len(gpus)} GPUs, but PyTorch {torch.__version__} cannot use them ({_why_no_gpu()}); update "
-            "the NVIDIA driver, or PyTorch with bash install.sh, or train on the CPU with CUDA_VISIBLE_DEVICES= (empty)"
-        )
+    if gpus and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # an old driver; a build of PyTorch without CUDA
+            raise UserError(
+                f"there are {gpus} GPUs, but PyTorch {torch.__version__} cannot use them ({one_line(error, 120)}); "
+                "update the NVIDIA driver, or PyTorch with bash install.sh, or train on the CPU with "
+                "CUDA_VISIBLE_DEVICES= (empty)"
+            ) from error
     import deepspeed  # slow, and noisy where there is no GPU
 
     transformers.logging.set_verbosity_error()
@@ -59,14 +61,6 @@ def start_processes() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it compiles C++ at once
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     waiting_group()
-
-
-def _why_no_gpu() -> str:
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # an old driver; a build of PyTorch without CUDA
-        return one_line(error, 120)
-    return "it gives no reason"
 
 
 def device() -> torch.device:
@@ -106,12 +100,8 @@ def model_folder(name: str) -> Path:
     if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise UserError(f"there is no folder {name}; give a model's folder or its name on the hub")
     try:
-        for weights in ("*.safetensors", "*.bin"):
-            wanted = [weights, *_COMPANIONS]
-            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
-            if any(folder.glob(weights)):
-                break
-        return folder
+        wanted = ["*.safetensors", *_COMPANIONS]
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
     except (OSError, ValueError) as error:  # the hub's errors are of these kinds
         raise UserError(
             f"model {name!r} is neither a folder nor available from the hub ({one_line(error, 160)}); give a model's "
@@ -120,35 +110,34 @@ def model_folder(name: str) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights of a model. Raises UserError when there are none."""
-    for whole in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{whole}.index.json"
-        try:
-            if index.exists():
-                return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        except (OSError, ValueError, LookupError) as error:
-            raise UserError(f"cannot read {index}: {one_line(error)}") from error
-        if (folder / whole).exists():
-            return [folder / whole]
-    raise UserError(f"{folder} holds no model: there is no model.safetensors or model.safetensors.index.json")
+    """The .safetensors files of a model. Raises UserError when there are none."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.exists():
+            return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"cannot read {index}: {one_line(error)}") from error
+    if not (folder / "model.safetensors").exists():
+        raise UserError(
+            f"{folder} holds no model: there is no model.safetensors or {index.name}; "
+            "save a model of .bin files as safetensors first"
+        )
+    return [folder / "model.safetensors"]
 
 
 def weights_digest(folder: Path) -> str:
     """A digest that tells one model's weights from another's without reading them whole: sizes, heads and samples."""
+    samples: list[object] = []
     try:
-        return digest(*(sample for path in weight_files(folder) for sample in _samples(path)))
+        for path in weight_files(folder):
+            with path.open("rb") as file:
+                samples += [file.read(1 << 20), size := file.seek(0, os.SEEK_END)]
+                for part in range(64):
+                    file.seek(part * size // 64)
+                    samples.append(file.read(4096))
     except OSError as error:
         raise UserError(f"cannot read the weights in {folder}: {one_line(error)}") from error
-
-
-def _samples(path: Path) -> Iterator[object]:
-    with path.open("rb") as file:
-        yield file.read(1 << 20)
-        size = file.seek(0, os.SEEK_END)
-        yield size
-        for part in range(64):
-            file.seek(part * size // 64)
-            yield file.read(4096)
+    return digest(*samples)
 
 
 def companions(folder: Path) -> list[Path]:

@@ -64,11 +64,8 @@ def merge(
 
 def read_shards(base: Path) -> Shards:
     """The base's weight files with the names of their tensors. Raises UserError when they cannot be read."""
-    files = weight_files(base)
-    if files[0].suffix != ".safetensors":
-        raise UserError(f"{base} has its weights as .bin only; save it as safetensors first")
     shards = {}
-    for path in files:
+    for path in weight_files(base):
         try:
             with safe_open(path, "pt") as weights:
                 shards[path.name] = list(weights.keys())

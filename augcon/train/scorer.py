@@ -242,7 +242,7 @@ def score_planned(
         for number in numbers[rank() :: world_size()]:
             # A query of an older queries.json has no text any more; an empty one keeps its place.
             rows = encoder([texts.get(name, ("", "")) for name in kept.plan[number]])
-            kept.keep(rank(), number, score(model, encoder, rows))
+            kept.keep(rank(), dict(zip(kept.plan[number], score(model, encoder, rows), strict=True)))
             tokens += sum(map(len, rows))
             if progress is not None:
                 progress.update(min(len(rows) * world_size(), progress.total - progress.n))

@@ -1,14 +1,14 @@
 """Scores on disk, kept as they come: a kill loses at most the batch in progress, a refill scores only what is new.
 
-``plan.jsonl`` holds the batches, each a list of keys; every process appends the scores of the batches that it has done
-to a file of its own. Batches stay as planned, since the scores of a batch depend a little on its composition: so a run
-that was killed gives the same scores as one that was not.
+``plan.jsonl`` holds the batches, each a list of keys; every process appends what a batch has scored to a file of its
+own. Batches stay as planned, since the scores of a batch depend a little on its composition: so a run that was killed
+gives the same scores as one that was not.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from augcon.data import Query
 from augcon.errors import UserError, one_line
@@ -33,11 +33,10 @@ class KeptScores:
         plan = self.folder / "plan.jsonl"
         self.plan = list(read_lines(plan, list[str], "step2_scorer.py")) if plan.exists() else []
         self.scores = {}
-        for path in sorted(self.folder.glob("part-*.jsonl")):
-            for row in _whole_rows(path):
-                keys = self.plan[row["batch"]]
-                if len(keys) == len(row["scores"]):
-                    self.scores.update(zip(keys, row["scores"], strict=True))
+        for part in self.folder.glob("part-*.jsonl"):
+            for line in part.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # empty, or cut short by a kill
+                    self.scores.update(json.loads(line))
 
     def add_to_plan(self, batches: Sequence[Sequence[str]]) -> None:
         """Plans further batches."""
@@ -46,19 +45,10 @@ class KeptScores:
         with new_file(self.folder / "plan.jsonl") as file:
             file.writelines(json.dumps(batch) + "\n" for batch in self.plan)
 
-    def keep(self, process: int, batch: int, scores: list[float]) -> None:
-        """Appends the scores of a planned batch to a process's own file. Raises UserError when it cannot."""
+    def keep(self, process: int, scores: Mapping[str, float]) -> None:
+        """Appends the scores of a batch to a process's own file. Raises UserError when it cannot."""
         try:
             with (self.folder / f"part-{process}.jsonl").open("a", encoding="utf-8") as part:
-                # The first line break ends a line that a kill may have cut short.
-                part.write("\n" + json.dumps({"batch": batch, "scores": scores}) + "\n")
+                part.write("\n" + json.dumps(scores) + "\n")  # the first one ends a line that a kill has cut short
         except OSError as error:
             raise UserError(f"cannot write scores to {self.folder}: {one_line(error)}") from error
-
-
-def _whole_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # empty, or cut short by a kill

@@ -16,7 +16,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from augcon.errors import UserError
 from augcon.train import loop
-from augcon.train.base import Quantization, can_bf16, load_base, lora, weight_files
+from augcon.train.base import Quantization, can_bf16, load_base, lora
 from augcon.train.chat import TrainingExample
 from augcon.train.ranks import on_main, print_main, world_size
 
@@ -26,8 +26,6 @@ _ROUNDING = 0.02
 
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
     """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained or merged."""
-    if weight_files(folder)[0].suffix != ".safetensors":
-        raise UserError(f"model {name!r} has its weights as .bin only; save it as safetensors first")
     if getattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config", None):
         raise UserError(
             f"model {name!r} is quantised on disk, and no adapter can be merged into it; use the model that it was "
