@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +22,12 @@ from augcon.train.base import weights_digest
 # Fields of LoraConfig that the merge takes into account, or that change nothing once the training is over. Any
 # other one must be as it is by default.
 _UNDERSTOOD = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "use_rslora"),
-    *("init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern"),
-    *("megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying", "eva_config"),
+    *("auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r", "target_modules"),
+    *("exclude_modules", "lora_alpha", "lora_dropout", "use_rslora", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
+    "eva_config",
 }
-_INITS_THAT_KEEP_THE_BASE = (True, False, "gaussian", "orthogonal", "eva")
+_ON_RECORD = {"weights": "content of the base model"}  # names that differ there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +41,12 @@ class TrainedWith:
 
     def inputs(self) -> dict[str, str]:
         """As they are on record."""
-        return {
-            "base": self.base,
-            "content of the base model": self.weights,
-            "quantize": self.quantize,
-            "dtype": self.dtype,
-        }
+        return {_ON_RECORD.get(name, name): value for name, value in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> "TrainedWith":
         """The inverse of ``inputs``; of other inputs on record nothing is taken."""
-        return cls(inputs["base"], inputs["content of the base model"], inputs["quantize"], inputs["dtype"])
+        return cls(**{name: inputs[_ON_RECORD.get(name, name)] for name in cls.__dataclass_fields__})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,48 +75,44 @@ class Adapter:
 
 def read_adapter(folder: Path) -> Adapter:
     """Reads an adapter. Raises UserError when it is not there or cannot be merged exactly."""
+    weights = folder / "adapter_model.safetensors"
     try:
         settings = (folder / "adapter_config.json").read_bytes()
         config = json.loads(settings)
-        tensors = load_file(folder / "adapter_model.safetensors")
-        content = digest(settings, (folder / "adapter_model.safetensors").read_bytes())
+        tensors = load_file(weights)
+        content = digest(settings, weights.read_bytes())
     except FileNotFoundError as error:
         missing = Path(error.filename or str(error)).name
         raise UserError(f"{folder} holds no adapter: there is no {missing}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"the adapter in {folder} cannot be read: {one_line(error)}") from error
-    _refuse_what_is_not_exact(folder, config)
-    factors: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in tensors.items():
-        module, _, factor = name.removeprefix("base_model.model.").rpartition(".lora_")
-        if factor not in ("A.weight", "B.weight") or not name.startswith("base_model.model."):
-            raise UserError(
-                f"the adapter in {folder} cannot be merged: its tensor {name!r} is not a LoRA of a linear layer"
-            )
-        factors.setdefault(module, {})[factor[0]] = tensor
-    for module, pair in factors.items():
-        if pair.keys() != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise UserError(f"the adapter in {folder} is damaged: A and B of {module} do not fit")
-    if not factors:
-        raise UserError(f"the adapter in {folder} is empty")
-    return Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in factors.items()}, content)
-
-
-def _refuse_what_is_not_exact(folder: Path, config: dict[str, Any]) -> None:
-    default = LoraConfig().to_dict()
-    odd = [
-        f"{field}={value!r}"
-        for field, value in config.items()
-        if field not in _UNDERSTOOD and value != default.get(field) and value
-    ]
-    if config.get("peft_type") != "LORA":
-        odd = [f"peft_type={config.get('peft_type')!r}"]
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        odd.append(f"task_type={config['task_type']!r}")
-    if config.get("init_lora_weights", True) not in _INITS_THAT_KEEP_THE_BASE:
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r}")
-    if odd:
+    if odd := list(_inexact(config)):
         raise UserError(f"the adapter in {folder} cannot be merged exactly: {', '.join(odd)}")
+    pairs: defaultdict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if not (match := re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)):
+            raise UserError(f"the adapter in {folder} cannot be merged: {name!r} is not a LoRA of a linear layer")
+        pairs[match[1]][match[2]] = tensor
+    for module, pair in pairs.items():
+        if len(pair) < 2 or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise UserError(f"the adapter in {folder} is damaged: A and B of {module} do not fit")
+    if not pairs:
+        raise UserError(f"the adapter in {folder} is empty")
+    return Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, content)
+
+
+def _inexact(config: dict[str, Any]) -> Iterator[str]:
+    """What of an adapter's configuration the merge does not take into account, in words."""
+    default = LoraConfig().to_dict()
+    known = {
+        "peft_type": ("LORA",),
+        "task_type": (None, "CAUSAL_LM"),
+        "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),  # those that keep the base as it is
+    }
+    for field, value in {"peft_type": None, **config}.items():
+        understood = field in _UNDERSTOOD or not value or value == default.get(field)
+        if value not in known[field] if field in known else not understood:
+            yield f"{field}={value!r}"
 
 
 def trained_over(adapter: Adapter, known: TrainedWith | None, base: Path, quantize: str) -> TrainedWith:

@@ -103,47 +103,38 @@ def _check_fit(adapter: Adapter, base: Path, shards: Shards, quantize: Quantizat
         raise UserError(f"{base} is not a model that can be merged: {one_line(error)}") from error
     if getattr(config, "quantization_config", None):
         raise UserError(f"{base} is quantised on disk; merge into the model that it was made from")
-    on_disk = {name for names in shards.values() for name in names}
-    linear = {name: m.weight.shape for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+    linear = {name: tuple(m.weight.shape) for name, m in model.named_modules() if type(m) is torch.nn.Linear}
     for module, (down, up) in adapter.factors.items():
-        if module not in linear or linear[module] != (up.shape[0], down.shape[1]):
-            found = "×".join(map(str, linear[module])) if module in linear else "no linear layer"
+        wanted, found = (up.shape[0], down.shape[1]), linear.get(module, "no linear layer")
+        if wanted != found:
             raise UserError(
-                f"the adapter in {adapter.folder} belongs to another base: it wants {module} of "
-                f"{up.shape[0]}×{down.shape[1]}, {base} has {found}"
+                f"the adapter in {adapter.folder} belongs to another base: {module} is {wanted} there, {found} in {base}"
             )
+    if getattr(config.get_text_config(), "tie_word_embeddings", False):
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        if tied := [name for name in adapter.factors if model.get_submodule(name) in ends]:
+            raise UserError(f"the adapter cannot be merged exactly into {base}: {tied[0]} shares its weights")
     quantized: set[str] = set()
     if quantize == "nf4":
         keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         replace_with_bnb_linear(model, keep, quantization("nf4"))
         quantized = {name for name, m in model.named_modules() if hasattr(m, "source_cls")}
-    elsewhere = [name for name in {*quantized, *adapter.factors} if f"{name}.weight" not in on_disk]
-    tied = [name for name in adapter.factors if name in set(_tied(model))]
-    if elsewhere or tied:
-        why = f"{min(tied)} shares its weights" if tied else f"{min(elsewhere)} has another name or form on disk"
-        raise UserError(f"the adapter cannot be merged exactly into {base}: {why}")
+    on_disk = {name.removesuffix(".weight") for names in shards.values() for name in names}
+    if elsewhere := {*quantized, *adapter.factors} - on_disk:
+        raise UserError(
+            f"the adapter cannot be merged exactly into {base}: {min(elsewhere)} has another name or form on disk"
+        )
     return quantized
-
-
-def _tied(model: transformers.PreTrainedModel) -> Iterator[str]:
-    if getattr(model.config.get_text_config(), "tie_word_embeddings", False):
-        both = (model.get_input_embeddings(), model.get_output_embeddings())
-        yield from (name for name, module in model.named_modules() if any(module is end for end in both))
 
 
 def _copy_companions(adapter: Adapter, base: Path, output: Path) -> None:
     """Copies what is not weights, byte for byte; the tokenizer is the adapter's where it has another one."""
-    own = _has_another_tokenizer(adapter.folder, base)
-    files = [path for path in companions(base) if not (own and _of_tokenizer(path))]
-    if own:
-        files += [path for path in companions(adapter.folder) if _of_tokenizer(path)]
-    index = base / "model.safetensors.index.json"
-    for path in [*files, index] if index.exists() else files:
-        shutil.copyfile(path, output / path.name)
-
-
-def _of_tokenizer(path: Path) -> bool:
-    return path.name.startswith(_TOKENIZER)
+    files = {path.name: path for path in [*companions(base), *base.glob("model.safetensors.index.json")]}
+    if _has_another_tokenizer(adapter.folder, base):
+        files = {name: path for name, path in files.items() if not name.startswith(_TOKENIZER)}
+        files |= {path.name: path for path in companions(adapter.folder) if path.name.startswith(_TOKENIZER)}
+    for name, path in files.items():
+        shutil.copyfile(path, output / name)
 
 
 def _has_another_tokenizer(folder: Path, base: Path) -> bool:
