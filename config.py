@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
+import shlex
 import sys
 import textwrap
 from functools import partial
@@ -21,7 +22,6 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from augcon.errors import UserError
 
 PREFIX = "AUGCON_"
-_LOOKS_LIKE_A_KEY = re.compile(r"(--[^\s=]*(?:api|key|token)[^\s=]*[\s=]+)(?!--)\S+", re.IGNORECASE)
 Part = TypeVar("Part")
 
 
@@ -194,6 +194,11 @@ class Settings(BaseSettings):
         """The settings that shape a stage and none before it: name → value."""
         return {name: getattr(self, name) for name in type(self).model_fields if self.meta(name, "stage") == stage}
 
+    def command(self, script: str, *flags: object) -> str:
+        """The command that goes on with a script in the same results folder, from the same working directory."""
+        same = () if self.results == type(self).model_fields["results"].default else ("--results", self.results)
+        return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *map(str, (*flags, *same))])
+
     def describe(self) -> str:
         """The settings that are not the default, on a few lines; the key is masked."""
         values = ((name, getattr(self, name), field.default) for name, field in type(self).model_fields.items())
@@ -257,10 +262,12 @@ def load_settings(doc: str, *groups: str) -> Settings:
     except ValidationError as error:
         raise UserError("; ".join(map(_format_problem, error.errors()))) from error
     except SettingsError as error:
-        said = _LOOKS_LIKE_A_KEY.sub(r"\1***", str(error).removeprefix("error parsing CLI: "))
+        said = str(error).removeprefix("error parsing CLI: ")
+        if not said.startswith("unrecognized arguments: "):
+            raise UserError(f"{said}; see --help") from None
+        unknown = said.split()[2].partition("=")[0]  # without its value, which may be a key
         names = {"--" + name.replace("_", "-") for name in Settings.model_fields}
-        unknown = said.removeprefix("unrecognized arguments: ").partition(" ")[0].partition("=")[0]
-        raise UserError(f"{said}{_meant(unknown, names)}; see --help for all settings") from None
+        raise UserError(f"there is no setting {unknown}{_meant(unknown, names)}; see --help for all of them") from None
 
 
 def _meant(name: str, names: set[str]) -> str:

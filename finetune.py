@@ -11,9 +11,7 @@ last checkpoint. Another base, other settings or other pairs need another --outp
 
 import contextlib
 import dataclasses
-import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +68,8 @@ def main() -> None:
             print_main(f"done:    {output.lora} was trained on these pairs with these settings already")
         else:
             train(settings, output, inputs)
-        print_main(f"next:    {merge_command(settings, output)}")
+        named = ("--lora", output.lora, "--output", output.sft_model) if settings.output else ()
+        print_main(f"next:    {settings.command('merge.py', *named)}")
 
 
 def read_inputs(settings: Settings) -> Inputs:
@@ -85,7 +84,7 @@ def read_inputs(settings: Settings) -> Inputs:
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
     # Questions about one text have much in common; of fewer than 20 texts, one would be too large a part of the data.
-    units = {**origins_of(pairs, results), "single pairs, as their texts are few or not known": range(len(pairs))}
+    units = {**texts_of(pairs, results), "single pairs, as their texts are few or not known": range(len(pairs))}
     learnt, held_out, words = loop.hold_out(pairs, units, settings.held_out, settings.seed, many=20)
     made_with = {
         **settings.inputs(STAGE),
@@ -113,14 +112,11 @@ def read_data(settings: Settings, results: Results) -> list[Pair]:
     return read_all(str(source), Pair, "--data")
 
 
-def origins_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | None]]:
-    """The article and root context of every pair, where sft_origins.jsonl of the results folder has all questions."""
-    if not results.sft_origins.exists():
-        return {}
-    origins = {row.question: row for row in read_lines(results.sft_origins, Origin, "step3_gen_a.py")}
-    if any(pair.question not in origins for pair in pairs):
-        return {}
-    mine = [origins[pair.question] for pair in pairs]
+def texts_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | None]]:
+    """The article and root context of every pair; None where sft_origins.jsonl of the results folder has none."""
+    rows = read_lines(results.sft_origins, Origin, "step3_gen_a.py") if results.sft_origins.exists() else ()
+    origins = {row.question: row for row in rows}
+    mine = [origins.get(pair.question, Origin(pair.question)) for pair in pairs]
     return {"articles": [row.article for row in mine], "root contexts": [row.root for row in mine]}
 
 
@@ -196,16 +192,6 @@ def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]])
         print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")
     kept = len(list(output.checkpoints.glob("checkpoint-*")))
     print(f"made:    {output.lora}, {output.log}, {output.loss_plot}, {output.checkpoints} ({kept} epochs)")
-
-
-def merge_command(settings: Settings, output: Results) -> str:
-    """The command that merges the adapter, from the same working directory."""
-    flags: list[object] = []
-    if settings.output:
-        flags = ["--lora", output.lora, "--output", output.sft_model]
-    elif settings.results != Settings.model_fields["results"].default:
-        flags = ["--results", settings.results]
-    return shlex.join(["python", str(Path(sys.argv[0]).with_name("merge.py")), *map(str, flags)])
 
 
 if __name__ == "__main__":

@@ -9,27 +9,24 @@ add --quantize nf4 if its base was in 4 bits, else --quantize none.
 """
 
 import contextlib
-import shlex
-import sys
 import time
 from pathlib import Path
 
-from augcon import progress
 from augcon.errors import UserError, stage
 from augcon.files import new_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
 from augcon.train.adapters import Adapter, TrainedWith, read_adapter, trained_over
-from augcon.train.base import companions_digest, device, model_folder
-from augcon.train.merge import merge, read_shards
-from config import Settings, load_settings
+from augcon.train.base import companions_digest, model_folder
+from augcon.train.merge import merge
+from config import load_settings
 
 STAGE = "merge"
 
 
 @stage
 def main() -> None:
-    settings = load_settings(__doc__, "merging")
+    settings = load_settings(__doc__, "merging", "fine-tuning")
     folder = Path(settings.lora) if settings.lora else Results(settings.results).lora
     if not folder.exists():
         raise UserError(f"there is no {folder}; run finetune.py first, or name an adapter with --lora")
@@ -52,7 +49,7 @@ def main() -> None:
             print(f"merged:  {output} is made of this adapter already")
         else:
             write(adapter, base, trained, output, inputs)
-        print(f"next:    {serve_command(settings, output)}")
+        print(f"next:    {settings.command('serve.py', '--model', output)}")
 
 
 def run_of_checkpoint(adapter: Path) -> Path | None:
@@ -73,25 +70,15 @@ def is_done(output: Path, inputs: dict[str, str]) -> bool:
 
 
 def write(adapter: Adapter, base: Path, trained: TrainedWith, output: Path, inputs: dict[str, str]) -> None:
-    """Merges, and prints the figures."""
     started = time.monotonic()
-    tensors = sum(map(len, read_shards(base).values()))
-    with progress.bar(tensors, "merge", "tensors") as bar, new_folder(output) as folder:
-        quantized, files = merge(adapter, base, trained, folder, device(), bar.update)
+    with new_folder(output) as folder:
+        quantized, files = merge(adapter, base, trained, folder)
         record = Record(folder)
         record.begin(STAGE, inputs, made=[], redo=False)
         record.finish(STAGE)
     through = f", over {quantized:,} layers dequantised from NF4" if quantized else ""
     print(f"merged:  all {len(adapter.factors):,} layers of the adapter{through}; {time.monotonic() - started:.0f} s")
     print(f"made:    {output}, {files:,} weight file{'s' * (files > 1)}")
-
-
-def serve_command(settings: Settings, output: Path) -> str:
-    """The command that serves the merged model, from the same working directory."""
-    flags = ["--model", str(output)]
-    if settings.results != Settings.model_fields["results"].default:
-        flags += ["--results", settings.results]
-    return shlex.join(["python", str(Path(sys.argv[0]).with_name("serve.py")), *flags])
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_another_learning_rate_takes_consent_or_a_folder_of_its_own(base: Path, 
     second = run("finetune.py", *faster, "--data", edited, "--output", tmp_path / "the second")
     assert second.returncode == 0, second.stderr
     command = f"next:    python merge.py --lora '{tmp_path}/the second/LoRA' --output '{tmp_path}/the second/sft_model'"
-    assert second.stdout.splitlines()[-1] == command
+    assert second.stdout.splitlines()[-1] == f"{command} --results {results}"
     assert {path.name for path in (tmp_path / "the second").iterdir()} == {
         *(".lock", "run.json", "ckpts", "LoRA", "log.json", "loss.png")
     }

@@ -1,6 +1,8 @@
 """A question and its answer as tokens of the model's own chat template, with loss on the answer and its end only."""
 
+import contextlib
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,8 @@ class ChatEncoder:
         asked, answered = _conversation(pair)
         prompt = self._tokens(asked, add_generation_prompt=True)
         tokens = self._tokens(answered)
-        same = (left == right for left, right in zip(prompt, tokens, strict=False))
-        start = next((place for place, equal in enumerate(same) if not equal), min(len(prompt), len(tokens)))
+        same = itertools.takewhile(lambda both: both[0] == both[1], zip(prompt, tokens, strict=False))
+        start = len(list(same))
         last = next((place for place in range(len(tokens) - 1, start, -1) if tokens[place] in self.ends), None)
         tokens = [*tokens, self.tokenizer.eos_token_id] if last is None else tokens[: last + 1]
         if start >= self.max_tokens:
@@ -89,18 +91,11 @@ def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, ma
             "training follows the latter"
         )
     config = transformers.AutoConfig.from_pretrained(base).get_text_config()
-    ends = [tokenizer.eos_token_id]
-    for stops in (config.eos_token_id, _stops_of_generation(base)):
-        ends += stops if isinstance(stops, list) else [stops]
-    known = frozenset(end for end in ends if end is not None)
-    if not known:
+    stops = [tokenizer.eos_token_id, config.eos_token_id]
+    with contextlib.suppress(OSError):  # where there is no such file
+        stops.append(transformers.GenerationConfig.from_pretrained(base).eos_token_id)
+    ends = frozenset(end for stop in stops for end in (stop if isinstance(stop, list) else [stop]) if end is not None)
+    if not ends:
         raise UserError(f"neither the tokenizer nor the model in {base} has an end token; set eos_token")
     positions = getattr(config, "max_position_embeddings", None) or max_tokens
-    return ChatEncoder(tokenizer, known, min(max_tokens, positions))
-
-
-def _stops_of_generation(base: Path) -> int | list[int] | None:
-    try:
-        return transformers.GenerationConfig.from_pretrained(base).eos_token_id
-    except OSError:  # there is no such file
-        return None
+    return ChatEncoder(tokenizer, ends, min(max_tokens, positions))

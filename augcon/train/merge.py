@@ -1,7 +1,6 @@
 """A LoRA adapter merged into the weights that it was trained over, one weight file at a time."""
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,89 +10,69 @@ from accelerate import init_empty_weights
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Params4bit
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import HfQuantizer
 
 from augcon.errors import UserError, one_line
+from augcon.progress import bar
 from augcon.train.adapters import Adapter, TrainedWith
-from augcon.train.base import Quantization, companions, quantization, weight_files
+from augcon.train.base import Quantization, companions, device, quantization, weight_files
 
-Shards = dict[str, list[str]]  # the weight files of a model, with the names of their tensors
 # How the files of a tokenizer begin.
 _TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 
 
-def merge(
-    adapter: Adapter,
-    base: Path,
-    trained: TrainedWith,
-    output: Path,
-    device: torch.device,
-    on_tensor: Callable[[], object],
-) -> tuple[int, int]:
+def merge(adapter: Adapter, base: Path, trained: TrainedWith, output: Path) -> tuple[int, int]:
     """Writes the merged model into the folder ``output``; returns how many layers were quantised and files written.
 
     Every weight becomes what training saw of it (for NF4 each quantised layer is quantised as when it is loaded, and
     dequantised), plus the adapter's change, all in fp32; each tensor keeps its place and type. At most one weight file
     is in memory. Raises UserError when the parts do not fit.
     """
-    shards = read_shards(base)
-    quantized = _check_fit(adapter, base, shards, trained.quantize)
-    for shard in shards:
-        merged = {}
-        for name, tensor in _tensors(base / shard):
-            module = name.removesuffix(".weight")
-            if module in quantized or module in adapter.factors:
-                seen = _seen_in_training(tensor, module in quantized, getattr(torch, trained.dtype), device)
-                if module in adapter.factors:
-                    seen += adapter.change(module, device)
-                tensor = seen.to(tensor.dtype).cpu()
-                if not tensor.isfinite().all():
-                    raise UserError(f"merging {module} gives numbers that are not finite; the adapter is damaged")
-            merged[name] = tensor
-            on_tensor()
-        try:
-            save_file(merged, output / shard, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"cannot write {output / shard}: {one_line(error)}") from error
-        del merged
+    files = weight_files(base)
+    names = {name for path in files for name in _names(path)}
+    quantized = _check_fit(adapter, base, names, trained.quantize)
+    with bar(len(names), "merge", "tensors") as progress:
+        for path in files:
+            tensors = load_file(path)
+            for name, tensor in tensors.items():
+                module = name.removesuffix(".weight")
+                if module in quantized or module in adapter.factors:
+                    seen = _seen_in_training(tensor, module in quantized, getattr(torch, trained.dtype))
+                    if module in adapter.factors:
+                        seen += adapter.change(module, device())
+                    tensors[name] = seen.to(tensor.dtype).cpu()
+                    if not tensors[name].isfinite().all():
+                        raise UserError(f"merging {module} gives numbers that are not finite; the adapter is damaged")
+                progress.update()
+            try:
+                save_file(tensors, output / path.name, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise UserError(f"cannot write {output / path.name}: {one_line(error)}") from error
+            del tensors  # before the next file is read
     _copy_companions(adapter, base, output)
-    return len(quantized), len(shards)
+    return len(quantized), len(files)
 
 
-def read_shards(base: Path) -> Shards:
-    """The base's weight files with the names of their tensors. Raises UserError when they cannot be read."""
-    shards = {}
-    for path in weight_files(base):
-        try:
-            with safe_open(path, "pt") as weights:
-                shards[path.name] = list(weights.keys())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read {path}: {one_line(error)}") from error
-    return shards
-
-
-def _tensors(shard: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _names(path: Path) -> list[str]:
     try:
-        with safe_open(shard, "pt") as weights:
-            for name in weights.keys():  # noqa: SIM118 - it is no dict
-                yield name, weights.get_tensor(name)
-    except SafetensorError as error:
-        raise UserError(f"cannot read {shard}: {one_line(error)}") from error
+        with safe_open(path, "pt") as weights:
+            return list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
 
 
-def _seen_in_training(weight: torch.Tensor, quantized: bool, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A weight as training saw it, in fp32 on ``device``."""
-    weight = weight.to(device, dtype)
+def _seen_in_training(weight: torch.Tensor, quantized: bool, dtype: torch.dtype) -> torch.Tensor:
+    """A weight as training saw it, in fp32 on this process's device."""
+    weight = weight.to(device(), dtype)
     if quantized:
-        packed: Any = Params4bit(weight, compress_statistics=True, quant_type="nf4")
-        packed = packed.to(device)
+        packed: Any = Params4bit(weight, compress_statistics=True, quant_type="nf4").to(device())
         weight = dequantize_4bit(packed.data, packed.quant_state)
     return weight.float()
 
 
-def _check_fit(adapter: Adapter, base: Path, shards: Shards, quantize: Quantization) -> set[str]:
+def _check_fit(adapter: Adapter, base: Path, names: set[str], quantize: Quantization) -> set[str]:
     """The modules that loading in NF4 would quantise. Raises UserError when adapter and base do not fit."""
     try:
         config = transformers.AutoConfig.from_pretrained(base)
@@ -108,7 +87,8 @@ def _check_fit(adapter: Adapter, base: Path, shards: Shards, quantize: Quantizat
         wanted, found = (up.shape[0], down.shape[1]), linear.get(module, "no linear layer")
         if wanted != found:
             raise UserError(
-                f"the adapter in {adapter.folder} belongs to another base: {module} is {wanted} there, {found} in {base}"
+                f"the adapter in {adapter.folder} belongs to another base: its {module} is {wanted}, "
+                f"that of {base} is {found}"
             )
     if getattr(config.get_text_config(), "tie_word_embeddings", False):
         ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -119,8 +99,7 @@ def _check_fit(adapter: Adapter, base: Path, shards: Shards, quantize: Quantizat
         keep = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
         replace_with_bnb_linear(model, keep, quantization("nf4"))
         quantized = {name for name, m in model.named_modules() if hasattr(m, "source_cls")}
-    on_disk = {name.removesuffix(".weight") for names in shards.values() for name in names}
-    if elsewhere := {*quantized, *adapter.factors} - on_disk:
+    if elsewhere := {*quantized, *adapter.factors} - {name.removesuffix(".weight") for name in names}:
         raise UserError(
             f"the adapter cannot be merged exactly into {base}: {min(elsewhere)} has another name or form on disk"
         )
