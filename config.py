@@ -26,21 +26,19 @@ Part = TypeVar("Part")
 
 
 def _setting(group: str, stage: str, default: Any, description: str, **bounds: Any) -> Any:
-    """A setting: its group in --help, the first stage whose outcome it changes ("" for none), and what Field takes."""
+    """A setting: its group in --help, the first stage whose outcome it changes, and what pydantic's Field takes."""
     return Field(default, description=description, json_schema_extra={"group": group, "stage": stage}, **bounds)
 
 
-# The groups of --help. A setting of step 1, 2, 3 or of fine-tuning changes the outcome of that stage unless it says so.
-_shared = partial(_setting, "every script", "")
-_corpus = partial(_setting, "corpus")
-_server = partial(_setting, "server", "")
+# By the group of --help that shows a setting, and the first stage whose outcome it changes ("" for none).
+_shared, _seed = partial(_setting, "every script", ""), partial(_setting, "every script", "step 1")
+_corpus, _cut = partial(_setting, "corpus", ""), partial(_setting, "corpus", "step 1")
+_server, _protocol = partial(_setting, "server", ""), partial(_setting, "server", "step 1")
 _serving = partial(_setting, "serve.py and augcon.sh", "")
 _trees = partial(_setting, "step 1", "step 1")
-_scorer = partial(_setting, "step 2", "scorer")
-_filter = partial(_setting, "step 2", "step 2")
-_answers = partial(_setting, "step 3", "step 3")
-_tuning = partial(_setting, "fine-tuning", "finetune")
-_files = partial(_setting, "fine-tuning", "")
+_scoring, _scorer, _filter = (partial(_setting, "step 2", stage) for stage in ("", "scorer", "step 2"))
+_examples, _answers = partial(_setting, "step 3", ""), partial(_setting, "step 3", "step 3")
+_files, _tuning = partial(_setting, "fine-tuning", ""), partial(_setting, "fine-tuning", "finetune")
 _merging = partial(_setting, "merging", "")
 _inference = partial(_setting, "inference and judging", "")
 
@@ -62,49 +60,30 @@ class Settings(BaseSettings):
     results: str = _shared("results", "folder for the results; one folder for each corpus and model", min_length=1)
     model: str = _shared("Qwen/Qwen1.5-32B-Chat", "base model to serve and tune, a hub name or folder", min_length=1)
     redo: bool = _shared(False, "agree that results made with other settings, examples or texts are replaced")
-    seed: int = _setting(
-        "every script", "step 1", 42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31
-    )
+    seed: int = _seed(42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
 
     corpus: str = _corpus(
-        "",
         "DailyM",
         "articles: a dataset saved to disk, a hub name, a .jsonl, .json, .csv, .tsv or .parquet file, "
         "or a folder of .txt and .md files",
         min_length=1,
     )
-    text_field: str = _corpus("", "article", "the field of the corpus that holds the text", min_length=1)
-    max_length: int = _corpus(
-        "step 1", 500, "longest root context; unit: one per CJK character or other word (paper 4.1)", ge=20, le=100_000
-    )
-    quota_unit: int = _corpus("step 1", 35, "length of a root context for each pair wanted of it (paper 4.2)", ge=1)
-    language: Literal["auto", "zh", "en"] = _corpus(
-        "step 1", "auto", "language of the prompts; auto: that of each root context"
-    )
+    text_field: str = _corpus("article", "the field of the corpus that holds the text", min_length=1)
+    max_length: int = _cut(500, "longest root context in CJK characters and other words (paper 4.1)", ge=20, le=100_000)
+    quota_unit: int = _cut(35, "length of a root context for each pair wanted of it (paper 4.2)", ge=1)
+    language: Literal["auto", "zh", "en"] = _cut("auto", "language of the prompts; auto: that of each root context")
 
-    api_base: str = _server(
-        "http://127.0.0.1:8000/v1", "address of an OpenAI-compatible server", pattern=r"^https?://\S+$"
-    )
+    api_base: str = _server("http://127.0.0.1:8000/v1", "address of the OpenAI API", pattern=r"^https?://\S+$")
     api_key: SecretStr = _server(SecretStr("EMPTY"), "key for the server; never printed or saved")
     api_model: str = _server("", "the server's name for the model; empty: its only one, or the model setting")
-    completions: bool = _setting(
-        "server", "step 1", False, "use the completions endpoint, for a base model that has no chat template"
-    )
-    structured_output: bool = _setting(
-        "server", "step 1", False, "have the server enforce the form of replies (vLLM's structured_outputs)"
-    )
+    completions: bool = _protocol(False, "use the completions endpoint, for a base model without a chat template")
+    structured_output: bool = _protocol(False, "have the server enforce the form of replies, as vLLM can")
     max_in_flight: int = _server(256, "requests under way at once; vLLM's own default batch", ge=1, le=65536)
-    request_timeout: float = _server(
-        300, "seconds for one request; 4,096 tokens at a full batch take about 200", gt=0, le=86400
-    )
-    server_wait: float = _server(
-        600, "seconds to wait for a server that stopped answering before the run stops", ge=0, le=604800
-    )
+    request_timeout: float = _server(300, "seconds for one request; 4,096 tokens take about 200", gt=0, le=86400)
+    server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 
     demo: bool = _serving(False, "serve the demonstration engine, which answers by rules and is not an LLM")
-    tensor_parallel: int = _serving(
-        0, "GPUs that share one copy of the model; 0: as many as there are and its heads allow", ge=0
-    )
+    tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as many as its heads allow", ge=0)
     serve_arguments: str = _serving("", "further arguments for vLLM, in one string")
 
     min_length: int = _trees(20, "λ: no query for a shorter context (paper 3.2); unit as max-length", ge=1)
@@ -121,14 +100,12 @@ class Settings(BaseSettings):
     max_passes: int = _trees(6, "most trees grown over a root context to fill its quota", ge=1, le=1000)
     negatives: int = _trees(500, "scorer pairs for each type of negative (paper 4.1)", ge=0)
 
-    scorer_model: str = _scorer(
-        "", "base of the scorer, a hub name or folder; empty: the model setting. A small one is often enough"
-    )
+    scorer_model: str = _scorer("", "base of the scorer, often a small model; empty: the model setting")
     scorer_epochs: int = _scorer(4, "epochs over the scorer's pairs (paper 4.1)", ge=1, le=1000)
     scorer_batch: int = _scorer(4, "scorer pairs per GPU and step (paper 4.1)", ge=1)
     scorer_learning_rate: float = _scorer(5e-5, "peak learning rate of the scorer (paper 4.1)", gt=0, le=1)
     scorer_max_tokens: int = _scorer(2048, "longest context and query in tokens; a longer context is cut", ge=64)
-    score_only: bool = _setting("step 2", "", False, "train nothing and use the scorer that is there")
+    score_only: bool = _scoring(False, "train nothing and use the scorer that is there")
     sweep_threshold: float = _filter(
         0.9,
         "ROUGE-L precision, both ways, from which a query is a duplicate of one of another root context; 0: look for "
@@ -136,13 +113,9 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
     )
-    max_refills: int = _filter(
-        1, "times that root contexts short of their quota go back to step 1 for one more tree", ge=0, le=100
-    )
+    max_refills: int = _filter(1, "times that step 1 grows another tree for roots short of their quota", ge=0, le=100)
 
-    qa_examples: str = _setting(
-        "step 3",
-        "",
+    qa_examples: str = _examples(
         "qa_examples.jsonl,qa_examples_en.jsonl",
         "example answers written by people: .jsonl files of context, question, answer, separated by commas; "
         "a query gets examples in its own language where there are any",
@@ -155,28 +128,20 @@ class Settings(BaseSettings):
     candidates: int = _answers(16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
 
     data: str = _files("", "pairs to train on: a saved dataset or file of question and answer; empty: sft_data")
-    output: str = _files(
-        "", "folder for finetune.py (empty: the results folder) or merge.py (empty: sft_model beside the adapter)"
-    )
+    output: str = _files("", "folder for the results of finetune.py (else --results) or merge.py (else sft_model)")
     epochs: int = _tuning(4, "epochs over the pairs (paper 4.1)", ge=1, le=1000)
     batch: int = _tuning(4, "pairs per GPU and step on average, as they are packed by length (paper 4.1)", ge=1)
     learning_rate: float = _tuning(5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
     max_tokens: int = _tuning(4096, "longest question and answer in tokens; a longer answer loses its end", ge=16)
     held_out: float = _tuning(0.05, "share of the pairs that is held out from training for a loss", ge=0, le=0.5)
-    quantize: Literal["auto", "nf4", "none"] = _tuning(
-        "auto", "the base in training: 4-bit NF4 or plain; auto: nf4 on a GPU with bf16"
-    )
+    quantize: Literal["auto", "nf4", "none"] = _tuning("auto", "the base in training; auto: nf4 on a GPU with bf16")
 
     lora: str = _merging("", "adapter to merge, a folder; empty: LoRA in the results folder")
     base: str = _merging("", "base model of the adapter, a hub name or folder; empty: the one that it names")
 
     questions: str = _inference("", "questions: a file or dataset, or .txt with one a line; empty: the test split")
     question_field: str = _inference("question", "the field that holds the question", min_length=1)
-    outputs: str = _inference(
-        "",
-        "folder for the answers of inference.py; for judge.py the folders to grade, separated by commas; "
-        "empty: outputs in the results folder",
-    )
+    outputs: str = _inference("", "folder for answers, or, for judge.py, folders to grade; empty: results/outputs")
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Settings":
