@@ -28,22 +28,18 @@ class TreeFigures:
     """The figures of step 1's trees, added up root by root."""
 
     def __init__(self) -> None:
+        self.sums: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.short: list[dict[str, int | str]] = []  # roots short of their quota, with the reason
-        self.roots = self.quota = self.passes = self.refills = self.queries = self.diverse = self.asked_again = 0
 
     def add(self, grown: Grown) -> None:
         """Counts the trees of one root context."""
-        self.roots += 1
-        self.quota += grown.root.quota
-        self.passes += grown.passes
-        self.refills += grown.refills
-        self.diverse += grown.diverse
+        self.sums.update(roots=1, quota=grown.root.quota, diverse=grown.diverse)
+        self.sums.update(passes=grown.passes, refills=grown.refills)
         for node in grown.nodes:
             self.outcomes[node.outcome] += 1
-            self.asked_again += max(0, node.tries - 1)
-            self.queries += node.query is not None
+            self.sums.update(again=max(0, node.tries - 1), queries=len(node.queries))
             if node.query is None and node.detail:
                 self.lost[f"{node.outcome}: {node.detail}"] += 1
         if grown.shortfall:
@@ -51,19 +47,18 @@ class TreeFigures:
 
     def print(self, short_roots: object) -> None:
         """Prints the figures; ``short_roots`` is the file that lists the roots short of their quota."""
+        of = self.sums
         print(
-            f"trees:   {self.outcomes.total():,} nodes in {self.passes:,} passes: {format_counts(self.outcomes)}"
-            + (f"; {self.refills:,} of the passes for roots that step 2 left short" if self.refills else "")
-            + (f"; asked again {self.asked_again:,} times for a reply that can be parsed" if self.asked_again else "")
+            f"trees:   {self.outcomes.total():,} nodes in {of['passes']:,} passes: {format_counts(self.outcomes)}"
+            + (f"; {of['refills']:,} of the passes for roots that step 2 left short" if of["refills"] else "")
+            + (f"; asked again {of['again']:,} times for a reply that can be parsed" if of["again"] else "")
         )
         if self.lost:
             print(f"lost:    {format_counts(self.lost)}")
-        print(
-            f"queries: {self.queries:,}, of which mutually diverse within their root {self.diverse:,} "
-            f"({self.diverse / self.quota:.2f} of the quota)"
-        )
+        share = f"{of['diverse'] / of['quota']:.2f} of the quota"
+        print(f"queries: {of['queries']:,}, of which mutually diverse within their root {of['diverse']:,} ({share})")
         rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
-        print(f"roots:   {self.roots - len(self.short):,} of {self.roots:,} have their quota{rest}")
+        print(f"roots:   {of['roots'] - len(self.short):,} of {of['roots']:,} have their quota{rest}")
 
 
 def print_search(search: Search) -> None:
