@@ -55,32 +55,32 @@ def read_all(source: str, shape: type[Shape], flag: str) -> list[Shape]:
 
 
 def read_rows(source: str, fields: Iterable[str], split: str, what: str, advice: str) -> Iterator[Row]:
-    """The rows of anything that ``datasets`` opens, and of text files; of ``split``, where there are several.
+    """The rows of a file, a saved dataset (of ``split``, where there are several), a folder of texts, or a hub name.
 
-    ``source`` is a dataset saved to disk, a JSON Lines, JSON, CSV, TSV, Parquet or text file, a folder of
-    ``.txt``/``.md`` files (one row each, with the text in the first of the ``fields``), or a dataset's name on the hub.
-    Raises UserError, about ``what``, when it cannot be read, or, with ``advice``, when no row has one of the fields.
+    A text file is one row, with the text in the first of the ``fields``. Raises UserError, about ``what``, when the
+    source cannot be read, or, with ``advice``, when no row has one of the fields.
     """
+    what = f"{what} {source!r}"
     try:
         path = Path(source).expanduser()
         path.exists()
     except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
-        raise UserError(f"{what} {source!r} is not a path: {one_line(error)}") from error
+        raise UserError(f"{what} is not a path: {one_line(error)}") from error
     if path.is_file() and not path.stat().st_size:
-        raise UserError(f"{what} {source!r} is an empty file")
-    suffix = path.suffix.lower()
-    if path.is_dir() and not ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in TEXT and not file.is_dir())
-        if not files:
-            raise UserError(f"{what} {source!r} is a folder without a saved dataset or .txt or .md files")
-        return (_read_text(file, *fields) for file in files)
-    if path.is_file() and suffix in TEXT:
-        return iter([_read_text(path, *fields)])
-    if path.is_file() and suffix in JSON_LINES:
-        return _read_json_lines(f"{what} {source!r}", fields, advice, path)
-    dataset = _open_dataset(source, path, split, what)
-    _check_fields(f"{what} {source!r}", fields, dataset.column_names, advice)
-    return iter(dataset)
+        raise UserError(f"{what} is an empty file")
+    suffix = path.suffix.lower() if path.is_file() else ""
+    if suffix in JSON_LINES:
+        return _read_json_lines(what, fields, advice, path)
+    folder = path.is_dir() and not ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
+    if folder or suffix in TEXT:
+        files = sorted(path.rglob("*")) if folder else [path]
+        texts = [file for file in files if file.suffix.lower() in TEXT and not file.is_dir()]
+        if not texts:
+            raise UserError(f"{what} is a folder without a saved dataset or .txt or .md files")
+        return (_read_text(file, *fields) for file in texts)
+    dataset = _open_dataset(what, source, path, split)
+    _check_fields(what, fields, dataset.column_names, advice)
+    return iter(dataset.select_columns(list(fields)))
 
 
 def _read_text(path: Path, field: str, *_: str) -> Row:
@@ -118,18 +118,14 @@ def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: st
             raise UserError(f"{what} has no field {field!r}; its fields are: {offered}; {advice}")
 
 
-def _open_dataset(source: str, path: Path, split: str, what: str) -> datasets.Dataset:
+def _open_dataset(what: str, source: str, path: Path, split: str) -> datasets.Dataset:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
-    suffix = path.suffix.lower()
-    local = source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in {*BUILDERS, *JSON_LINES, *TEXT}
+    suffix, known = path.suffix.lower(), {*BUILDERS, *JSON_LINES, *TEXT}
     if path.is_file() and suffix not in BUILDERS:
-        raise UserError(
-            f"{what} {source!r}: files of this kind are not read; use .jsonl, .json, .csv, .tsv, "
-            ".parquet, .txt, .md or a dataset saved to disk"
-        )
-    if not path.exists() and local:
-        raise UserError(f"{what} {source!r}: there is no such file or folder")
+        raise UserError(f"{what}: files of this kind are not read; use {', '.join(sorted(known))} or a saved dataset")
+    if not path.exists() and (source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in known):
+        raise UserError(f"{what}: there is no such file or folder")
     try:
         if path.is_dir():
             opened = datasets.load_from_disk(str(path))
@@ -137,19 +133,19 @@ def _open_dataset(source: str, path: Path, split: str, what: str) -> datasets.Da
             options = {"sep": "\t"} if suffix == ".tsv" else {}
             opened = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
         else:
-            print(f"{what} {source!r} is not a file or folder here; asking the hub", file=sys.stderr)
+            print(f"{what} is not a file or folder here; asking the hub", file=sys.stderr)
             logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, one by one
             opened = datasets.load_dataset(source)
     except Exception as error:  # datasets raises whatever its many back ends raise
         if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{what} {source!r} is not in UTF-8; convert it first, for instance with iconv") from error
+            raise UserError(f"{what} is not in UTF-8; convert it first, for instance with iconv") from error
         problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset on the hub"
-        raise UserError(f"{what} {source!r} {problem}: {one_line(error.__cause__ or error)}") from error
+        raise UserError(f"{what} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):
         return opened
     if split in opened or len(opened) == 1:
         return opened[split if split in opened else next(iter(opened))]
-    raise UserError(f"{what} {source!r} has no split {split!r}; its splits are: {', '.join(opened)}")
+    raise UserError(f"{what} has no split {split!r}; its splits are: {', '.join(opened)}")
 
 
 def texts(rows: Iterable[Any], skipped: Counter[str]) -> Iterator[Article]:

@@ -66,8 +66,7 @@ class Record:
     def check(self, name: str, inputs: Inputs, made: Iterable[Path], redo: bool) -> None:
         """Raises UserError when the inputs differ from those on record and something of ``made`` would be replaced.
 
-        With ``redo``, or where nothing is there, the stage and those that follow become outdated instead. Only names
-        that both sides have are compared.
+        With ``redo``, or where nothing is there, the stage and those that follow become outdated instead.
         """
         stages = self.stages()
         stage = stages.get(name)
