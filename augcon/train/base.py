@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import socket
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +44,13 @@ def start_processes(gpus: int = 0) -> None:
     transformers.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if "RANK" not in os.environ:  # no launcher
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+        os.environ |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "0",
+        }
     local = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         if local >= torch.cuda.device_count():
@@ -197,7 +198,7 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the tokenizer of model {model!r} cannot be loaded: {one_line(error)}") from error
     tokenizer.padding_side = "right"
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         known = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
         spare = [token for name in ("pad", "reserved", "unused") for token in known if name in token]
         candidates = [*spare, tokenizer.unk_token, tokenizer.bos_token, *known]

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import transformers
 
-from augcon.data import Message, Pair
+from augcon.data import Pair
 from augcon.errors import UserError, one_line
 from augcon.train.ranks import print_main
 
@@ -39,9 +38,10 @@ class ChatEncoder:
         The loss begins where the conversation with the answer departs from the prompt that asks for one, and ends
         with the end token. What the template writes after that (a line break, say) is never asked of the model.
         """
-        asked, answered = _conversation(pair)
-        prompt = self._tokens(asked, add_generation_prompt=True)
-        tokens = self._tokens(answered)
+        prompt, tokens = (
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            for text in self.rendered(pair)
+        )
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(prompt, tokens, strict=False))
         start = len(list(same))
         last = next((place for place in range(len(tokens) - 1, start, -1) if tokens[place] in self.ends), None)
@@ -51,19 +51,12 @@ class ChatEncoder:
         kept = tokens[: self.max_tokens]
         return TrainingExample(kept, [IGNORED] * start + kept[start:], cut=len(kept) < len(tokens))
 
-    def _tokens(self, messages: list[Message], **how: Any) -> list[int]:
-        text = _rendered(self.tokenizer, messages, **how)
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _conversation(pair: Pair) -> tuple[list[Message], list[Message]]:
-    """The messages that ask for the answer, and those with the answer."""
-    asked = [{"role": "user", "content": pair.question}]
-    return asked, [*asked, {"role": "assistant", "content": pair.answer}]
-
-
-def _rendered(tokenizer: transformers.PreTrainedTokenizerBase, messages: list[Message], **how: Any) -> str:
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, **how))
+    def rendered(self, pair: Pair) -> tuple[str, str]:
+        """The text that asks for the answer, and the text with the answer."""
+        asked = [{"role": "user", "content": pair.question}]
+        whole = [*asked, {"role": "assistant", "content": pair.answer}]
+        prompt: str = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return prompt, self.tokenizer.apply_chat_template(whole, tokenize=False)
 
 
 def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, max_tokens: int) -> ChatEncoder:
@@ -76,11 +69,18 @@ def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, ma
             f"the tokenizer in {base} has no chat template, so this is not a chat model; use its chat version, or "
             "put a chat_template.jinja into the folder"
         )
+    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    stops = [tokenizer.eos_token_id, config.eos_token_id]
+    with contextlib.suppress(OSError):  # where there is no such file
+        stops.append(transformers.GenerationConfig.from_pretrained(base).eos_token_id)
+    ends = frozenset(end for stop in stops for end in (stop if isinstance(stop, list) else [stop]) if end is not None)
+    if not ends:
+        raise UserError(f"neither the tokenizer nor the model in {base} has an end token; set eos_token")
+    positions = getattr(config, "max_position_embeddings", None) or max_tokens
+    encoder = ChatEncoder(tokenizer, ends, min(max_tokens, positions))
     pair = Pair("What opens at seven?", "The bakery opens at seven.")
-    asked, answered = _conversation(pair)
     try:
-        prompt = _rendered(tokenizer, asked, add_generation_prompt=True)
-        whole = _rendered(tokenizer, answered)
+        prompt, whole = encoder.rendered(pair)
     except (jinja2.TemplateError, ValueError, TypeError) as error:
         raise UserError(f"the chat template in {base} fails on a question and its answer: {one_line(error)}") from error
     if pair.question not in prompt or pair.answer not in whole:
@@ -90,12 +90,4 @@ def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, ma
             "note:    the chat template starts an answer differently when it asks for one and when it contains one; "
             "training follows the latter"
         )
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
-    stops = [tokenizer.eos_token_id, config.eos_token_id]
-    with contextlib.suppress(OSError):  # where there is no such file
-        stops.append(transformers.GenerationConfig.from_pretrained(base).eos_token_id)
-    ends = frozenset(end for stop in stops for end in (stop if isinstance(stop, list) else [stop]) if end is not None)
-    if not ends:
-        raise UserError(f"neither the tokenizer nor the model in {base} has an end token; set eos_token")
-    positions = getattr(config, "max_position_embeddings", None) or max_tokens
-    return ChatEncoder(tokenizer, ends, min(max_tokens, positions))
+    return encoder

@@ -55,8 +55,7 @@ class ScorerEncoder:
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         contexts = self.tokenizer([context for context, _ in texts], **plain)["input_ids"]
         queries = self.tokenizer(["\n\n" + query for _, query in texts], **plain)["input_ids"]
-        whole = self.tokenizer("")["input_ids"]  # of no text: what begins every text of this model, if anything
-        first = whole[:1] if whole and whole[0] == self.tokenizer.bos_token_id else []
+        first = [token for token in self.tokenizer("")["input_ids"][:1] if token == self.tokenizer.bos_token_id]
         room = self.max_tokens - len(first)
         return [
             [*first, *context[: max(0, room - len(query))], *query[:room]]
@@ -135,7 +134,7 @@ def train(
     """
     better = encoder([(pair.context, pair.pos_query) for pair in pairs])
     worse = encoder([(pair.context, pair.neg_query) for pair in pairs])
-    lengths = list(map(len, better))
+    columns = {"better": better, "worse": worse, "length": list(map(len, better))}
     steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
 
@@ -150,7 +149,7 @@ def train(
             train_sampling_strategy="group_by_length",
         ),
         data_collator=collate,
-        train_dataset=datasets.Dataset.from_dict({"better": better, "worse": worse, "length": lengths}),
+        train_dataset=datasets.Dataset.from_dict(columns),
     )
     speed = loop.train(
         trainer,
@@ -207,17 +206,15 @@ def accuracy(
     """
     rows = encoder([(pair.context, query) for pair in pairs for query in (pair.pos_query, pair.neg_query)])
     work = list(batches(list(map(len, rows)), token_budget()))
-    mine = {
-        place: value
-        for batch in work[rank() :: world_size()]
-        for place, value in zip(batch, score(model, encoder, [rows[place] for place in batch]), strict=True)
-    }
+    mine: dict[int, float] = {}
+    for batch in work[rank() :: world_size()]:
+        mine |= dict(zip(batch, score(model, encoder, [rows[place] for place in batch]), strict=True))
     scores = {place: value for part in all_gather(mine) for place, value in part.items()}
     right: defaultdict[str, list[float]] = defaultdict(list)
     for number, pair in enumerate(pairs):
-        difference = scores[2 * number] - scores[2 * number + 1]
+        better, worse = scores[2 * number], scores[2 * number + 1]
         for kind in ("all", pair.type):
-            right[kind].append(0.5 if difference == 0 else float(difference > 0))
+            right[kind].append((better > worse) / 2 + (better >= worse) / 2)
     return {kind: (len(won), sum(won) / len(won)) for kind, won in right.items()}
 
 
