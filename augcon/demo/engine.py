@@ -1,20 +1,22 @@
-"""The demonstration engine: an OpenAI-compatible server that answers AugCon's prompts by rules.
+"""The demonstration engine: a server with as much of OpenAI's API as AugCon's client uses, answering by rules.
 
-It lets people without a GPU run the real scripts on their own corpus. It is not a language model: what it
-writes shows the form of AugCon's data, not its quality.
+It lets people without a GPU run the real scripts on their own corpus. It is not a language model: what it writes shows
+the form of AugCon's data, not its quality.
 """
 
 import argparse
 import asyncio
-import json
-import math
 import sys
 import time
 from typing import Any
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
+from augcon.data import Message
 from augcon.demo.rules import reply_to
+from augcon.errors import one_line
 from augcon.text.prompts import load_prompts
 from augcon.text.units import length, units
 
@@ -22,43 +24,15 @@ MODEL = "augcon-demo-not-an-llm"
 COLD = 0.3  # temperature below which the seed makes no difference
 
 
-class RequestError(Exception):
-    """What is wrong with a request: the message, the field or None, and OpenAI's code for that or None."""
+class Asked(BaseModel):
+    """What AugCon's client asks for, in either endpoint's form. Other fields make no difference."""
 
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
-
-
-_CHECKS = {  # of values other than null
-    "model": lambda value: isinstance(value, str),
-    "messages": lambda value: isinstance(value, list) and value and all(map(_is_message, value)),
-    "prompt": lambda value: isinstance(value, str),
-    "stop": lambda value: (
-        isinstance(value, str | list) and value != "" and all(isinstance(mark, str) and mark for mark in value)
-    ),
-    "seed": lambda value: type(value) is int,
-    "temperature": lambda value: type(value) in (int, float) and 0 <= value < math.inf,
-    "max_tokens": lambda value: type(value) is int and value > 0,
-    "max_completion_tokens": lambda value: type(value) is int and value > 0,
-    "n": lambda value: type(value) is int and value == 1,
-    "stream": lambda value: value is False,
-}
-
-
-async def _body(request: web.Request, needed: str) -> dict[str, Any]:
-    """The request's fields other than null. Raises RequestError where they are amiss."""
-    try:
-        given = json.loads(await request.read()).items()
-    except (ValueError, AttributeError, RecursionError, web.RequestPayloadError) as error:
-        raise RequestError(f"the body is not a JSON object: {error}", None, None) from error
-    body = {name: value for name, value in given if value is not None}
-    for name, fits in _CHECKS.items():
-        if not fits(body[name]) if name in body else name in ("model", needed):
-            raise RequestError(f"'{name}' is missing, malformed, or nothing for the demonstration engine", name, None)
-    if body["model"] != MODEL:
-        raise RequestError(f"The model `{body['model']}` does not exist.", "model", "model_not_found")
-    return body
+    model: str
+    prompt: list[Message] | str = Field(validation_alias=AliasChoices("messages", "prompt"), min_length=1)
+    temperature: float = 1
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: list[str] = []
 
 
 def cut(reply: str, stops: list[str], max_tokens: int | None) -> tuple[str, str, int]:
@@ -75,63 +49,58 @@ class Engine:
 
     def __init__(self, latency: float) -> None:
         self.latency = latency
-        self.running = self.requests = self.prompt_tokens = self.generation_tokens = 0
+        self.running = self.requests = 0
 
     async def complete(self, request: web.Request) -> web.Response:
         """POST /v1/chat/completions and /v1/completions."""
         chat = "chat" in request.path
-        body = await _body(request, "messages" if chat else "prompt")
+        asked = Asked.model_validate_json(await request.read())
+        if asked.model != MODEL:
+            raise web.HTTPNotFound(text=f"The model `{asked.model}` does not exist.")
         self.running += 1
         try:
-            seed = body.get("seed") if body.get("temperature", 1) >= COLD else None
-            reply = reply_to(body["messages" if chat else "prompt"], seed)
+            reply = reply_to(asked.prompt, asked.seed if asked.temperature >= COLD else None)
             await asyncio.sleep(self.latency)
         finally:
             self.running -= 1
-        limit = min((body[name] for name in ("max_tokens", "max_completion_tokens") if name in body), default=None)
-        stops = [body["stop"]] if isinstance(body.get("stop"), str) else body.get("stop", [])
-        written, finish, tokens = cut(reply.text, stops, limit)
         self.requests += 1
-        self.prompt_tokens += reply.prompt_tokens
-        self.generation_tokens += tokens
+        written, finish, tokens = cut(reply.text, asked.stop, asked.max_tokens)
         choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": tokens}
-        response = {"id": f"augcon-{reply.identity}", "object": "chat.completion" if chat else "text_completion"}
-        response |= {"created": int(time.time()), "model": MODEL, "system_fingerprint": "augcon-not-a-language-model"}
-        response["choices"] = [{"index": 0, **choice, "logprobs": None, "finish_reason": finish}]
-        return _json(response | {"usage": {**usage, "total_tokens": sum(usage.values())}})
+        response = {
+            "id": f"augcon-{reply.identity}",
+            "object": "chat.completion" if chat else "text_completion",
+            "created": int(time.time()),
+            "model": MODEL,
+            "system_fingerprint": "augcon-not-a-language-model",
+            "choices": [{"index": 0, **choice, "finish_reason": finish}],
+            "usage": {**usage, "total_tokens": sum(usage.values())},
+        }
+        return web.json_response(response)
 
     async def models(self, _: web.Request) -> web.Response:
         """GET /v1/models, and /health."""
         owner = "augcon demonstration rules, not a language model"
         model = {"id": MODEL, "object": "model", "created": int(time.time()), "owned_by": owner}
-        return _json({"object": "list", "data": [model]})
+        return web.json_response({"object": "list", "data": [model]})
 
     async def metrics(self, _: web.Request) -> web.Response:
         """GET /metrics, under vLLM's names."""
-        figures = {"num_requests_running": self.running, "num_requests_waiting": 0, "kv_cache_usage_perc": 0}
-        figures |= {"prompt_tokens_total": self.prompt_tokens, "generation_tokens_total": self.generation_tokens}
-        figures |= {"request_success_total": self.requests}
-        page = "".join(f'vllm:{name}{{model_name="{MODEL}"}} {value}\n' for name, value in figures.items())
-        return web.Response(text=page, headers={"Content-Type": "text/plain; version=0.0.4"})
-
-
-def _json(content: dict[str, Any], status: int = 200) -> web.Response:
-    return web.Response(body=json.dumps(content).encode(), status=status, content_type="application/json")
+        figures = {"num_requests_running": self.running, "request_success_total": self.requests}
+        return web.Response(text="".join(f'vllm:{name}{{model_name="{MODEL}"}} {n}\n' for name, n in figures.items()))
 
 
 @web.middleware
-async def _errors(request: web.Request, handler: Any) -> web.StreamResponse:
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error in OpenAI's shape."""
     try:
         return await handler(request)
-    except RequestError as error:
-        message, param, code = error.args
-        status = 404 if code else 400
-    except web.HTTPException as error:  # no such path, method not allowed, body too large
-        status, message, param, code = error.status, error.text, None, None
-    kind = "NotFoundError" if status == 404 else "BadRequestError"
-    return _json({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+    except ValidationError as error:
+        status, message = 400, one_line(error)
+    except web.HTTPException as error:  # no such path or model, method not allowed, body too large
+        status, message = error.status, error.text or error.reason
+    described = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    return web.json_response({"error": described}, status=status)
 
 
 def main() -> None:
@@ -148,10 +117,10 @@ def main() -> None:
     app.add_routes([web.get(path, handler) for path, handler in reads.items()])
     app.add_routes([web.post(f"/v1/{path}completions", engine.complete) for path in ("", "chat/")])
     reply_to(load_prompts("zh").cst_messages("预热。"), None)  # loads what the first request would wait for
-    where = {"host": options.host, "port": options.port, "backlog": 1024, "shutdown_timeout": 1.0}
     says = f"{about} Model: {MODEL} at http://{options.host}:{options.port}/v1"
+    where: dict[str, Any] = {"host": options.host, "port": options.port, "backlog": 1024, "shutdown_timeout": 1}
     try:
-        web.run_app(app, **where, access_log=None, auto_decompress=False, print=lambda _: print(says, flush=True))
+        web.run_app(app, **where, access_log=None, print=lambda _: print(says, flush=True))
     except (OSError, OverflowError) as error:
         sys.exit(f"cannot listen there; see --host, --port: {error}")
 
