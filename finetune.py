@@ -121,10 +121,7 @@ def texts_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | No
 
 
 def is_done(settings: Settings, output: Results, inputs: Inputs) -> bool:
-    """Whether just this training has come to its end; else it is begun.
-
-    Raises UserError where another one would be replaced without consent.
-    """
+    """Whether just this training has come to its end; else it is begun. Raises UserError where one would be lost."""
     facts = output.record.done_with(STAGE, inputs.made_with)
     if facts is not None and output.lora.exists():
         output.record.finish(STAGE, **facts)
@@ -148,20 +145,17 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
 
 def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample], list[TrainingExample]]:
     """The examples to train on and those held out. Raises UserError when there is nothing to train on."""
-    examples, held_out = (
-        [example for pair in pairs if (example := encoder(pair))] for pairs in (inputs.learnt, inputs.held_out)
-    )
+    examples = [example for pair in inputs.learnt if (example := encoder(pair))]
+    held_out = [example for pair in inputs.held_out if (example := encoder(pair))]
+    most = encoder.max_tokens
     if not examples:
-        raise UserError(
-            f"no pair is left to train on: {encoder.max_tokens} tokens leave no room for an answer; raise --max-tokens"
-        )
+        raise UserError(f"no pair is left to train on: {most} tokens leave no room for an answer; raise --max-tokens")
     lengths = [len(example.input_ids) for example in examples + held_out]
-    cut = sum(example.cut for example in examples + held_out)
     lost = len(inputs.learnt) + len(inputs.held_out) - len(lengths)
-    left_out = f"; {lost:,} pairs left out, as their questions alone are as long" if lost else ""
     print_main(
         f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} per pair, longest {max(lengths):,}; "
-        f"{cut:,} answers cut at {encoder.max_tokens:,}{left_out}"
+        f"{sum(example.cut for example in examples + held_out):,} answers cut at {most:,}"
+        + (f"; {lost:,} pairs left out, as their questions alone are as long" if lost else "")
     )
     return examples, held_out
 

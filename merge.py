@@ -30,7 +30,8 @@ def main() -> None:
     folder = Path(settings.lora) if settings.lora else Results(settings.results).lora
     if not folder.exists():
         raise UserError(f"there is no {folder}; run finetune.py first, or name an adapter with --lora")
-    run = run_of_checkpoint(folder)
+    # A checkpoint of finetune.py has its record two folders up.
+    run = folder.absolute().parent.parent if folder.absolute().match("ckpts/checkpoint-*") else None
     results = Results(run or folder.parent)
     with contextlib.nullcontext() if settings.lora and settings.output else results.held():
         adapter = read_adapter(folder)
@@ -50,13 +51,6 @@ def main() -> None:
         else:
             write(adapter, base, trained, output, inputs)
         print(f"next:    {settings.command('serve.py', '--model', output)}")
-
-
-def run_of_checkpoint(adapter: Path) -> Path | None:
-    """The folder that finetune.py wrote to, if the adapter is one of its checkpoints, ckpts/checkpoint-N."""
-    path = adapter.absolute()
-    is_checkpoint = path.parent.name == "ckpts" and path.name.startswith("checkpoint-")
-    return path.parent.parent if is_checkpoint else None
 
 
 def is_done(output: Path, inputs: dict[str, str]) -> bool:

@@ -132,10 +132,7 @@ def train_and_score(
 
 
 def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Facts | None:
-    """What is on record of the scorer that is there, if it will do; else a new one is begun.
-
-    Raises UserError where another one would be replaced without consent, or where there is none to score with.
-    """
+    """What is on record of the scorer, if it will do; else a new one is begun. Raises UserError if neither can be."""
     known = results.record.stages().get("scorer")
     if settings.score_only:
         if known is None or known.finished is None or not results.scorer.exists():

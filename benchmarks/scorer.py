@@ -61,7 +61,7 @@ def main() -> None:
         checkpoints = ranks.on_main(lambda: folder / "checkpoints")
         ranks.print_main("training: " + scorer.train(model, encoder, pairs, rules, checkpoints))
         rows = encoder([(pair.context, pair.pos_query) for pair in pairs])
-        work = list(scorer.batches(list(map(len, rows)), scorer.token_budget()))[ranks.rank() :: ranks.world_size()]
+        work = list(scorer.batches(list(map(len, rows)), scorer.TOKENS_IN_BATCH))[ranks.rank() :: ranks.world_size()]
         started = time.monotonic()
         scores = [scorer.score(model, encoder, [rows[place] for place in batch]) for batch in work]
         seconds, tokens = time.monotonic() - started, sum(len(rows[place]) for batch in work for place in batch)

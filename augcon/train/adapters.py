@@ -54,14 +54,10 @@ class Adapter:
     """A LoRA adapter: its configuration, and by module A (of shape rank × in) and B (of shape out × rank)."""
 
     folder: Path
+    base: str  # the one that it names itself, if any
     config: dict[str, Any]
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     digest: str
-
-    @property
-    def base(self) -> str:
-        """The base that the adapter names itself; empty where it names none."""
-        return self.config.get("base_model_name_or_path") or ""
 
     def change(self, module: str, device: torch.device) -> torch.Tensor:
         """What the adapter adds to a module's weight, in fp32, of shape out × in."""
@@ -98,11 +94,11 @@ def read_adapter(folder: Path) -> Adapter:
             raise UserError(f"the adapter in {folder} is damaged: A and B of {module} do not fit")
     if not pairs:
         raise UserError(f"the adapter in {folder} is empty")
-    return Adapter(folder, config, {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}, content)
+    factors = {module: (pair["A"], pair["B"]) for module, pair in pairs.items()}
+    return Adapter(folder, config.get("base_model_name_or_path") or "", config, factors, content)
 
 
 def _inexact(config: dict[str, Any]) -> Iterator[str]:
-    """What of an adapter's configuration the merge does not take into account, in words."""
     default = LoraConfig().to_dict()
     known = {
         "peft_type": ("LORA",),

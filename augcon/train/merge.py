@@ -64,7 +64,6 @@ def _names(path: Path) -> list[str]:
 
 
 def _seen_in_training(weight: torch.Tensor, quantized: bool, dtype: torch.dtype) -> torch.Tensor:
-    """A weight as training saw it, in fp32 on this process's device."""
     weight = weight.to(device(), dtype)
     if quantized:
         packed: Any = Params4bit(weight, compress_statistics=True, quant_type="nf4").to(device())
@@ -117,7 +116,6 @@ def _copy_companions(adapter: Adapter, base: Path, output: Path) -> None:
 
 
 def _has_another_tokenizer(folder: Path, base: Path) -> bool:
-    """Whether the adapter brings a tokenizer with other words or another template than the base's."""
     if not (folder / "tokenizer_config.json").exists():
         return False
     theirs, bases = (transformers.AutoTokenizer.from_pretrained(place) for place in (folder, base))

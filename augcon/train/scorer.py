@@ -34,6 +34,8 @@ from augcon.train.scores import KeptScores
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
 _WEIGHTS = "adapter_model.safetensors"
 
+TOKENS_IN_BATCH = 16384 if torch.cuda.is_available() else 2048  # in scoring, with padding
+
 Tokens = list[int]
 Text = tuple[str, str]  # a context and a query
 
@@ -192,11 +194,6 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def token_budget() -> int:
-    """Tokens in one batch of scoring."""
-    return 16384 if torch.cuda.is_available() else 2048
-
-
 def accuracy(
     model: peft.PeftModel, encoder: ScorerEncoder, pairs: Sequence[ScorerPair]
 ) -> dict[str, tuple[int, float]]:
@@ -205,7 +202,7 @@ def accuracy(
     Of "all" pairs, and of each type of negative. All processes share the work and get the result.
     """
     rows = encoder([(pair.context, query) for pair in pairs for query in (pair.pos_query, pair.neg_query)])
-    work = list(batches(list(map(len, rows)), token_budget()))
+    work = list(batches(list(map(len, rows)), TOKENS_IN_BATCH))
     mine: dict[int, float] = {}
     for batch in work[rank() :: world_size()]:
         mine |= dict(zip(batch, score(model, encoder, [rows[place] for place in batch]), strict=True))
@@ -224,7 +221,7 @@ def plan(kept: KeptScores, encoder: ScorerEncoder, texts: Mapping[str, Text]) ->
     planned = {name for batch in kept.plan for name in batch}
     new = [name for name in texts if name not in planned]
     lengths = list(map(len, encoder([texts[name] for name in new])))
-    kept.add_to_plan([[new[place] for place in batch] for batch in batches(lengths, token_budget())])
+    kept.add_to_plan([[new[place] for place in batch] for batch in batches(lengths, TOKENS_IN_BATCH)])
     return [n for n, batch in enumerate(kept.plan) if any(name in texts and name not in kept.scores for name in batch)]
 
 

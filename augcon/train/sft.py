@@ -62,25 +62,36 @@ def tune(
     lengths = [len(example.input_ids) for example in examples]
     # As long as the pairs of one step are together on average: the same number of tokens in every step.
     length = max(2, math.ceil(rules.batch * sum(lengths) / len(lengths)))
-    packed = stays_apart(model)
+    rows, batch, packed = as_dataset(examples), rules.batch, stays_apart(model)
+    packing = f"none, {batch} pairs side by side, as this model's attention does not keep packed pairs apart"
     if packed:
         rows, batch = pack(examples, length, rules.seed), 1
-        room = sum(max(length, sum(parts)) for parts in rows["seq_lengths"])
-        packing = (
-            f"{len(examples):,} pairs in {len(rows):,} packs of at most {length:,} tokens, longer pairs alone, "
-            f"{sum(lengths) / room:.0%} full"
-        )
-    else:
-        rows, batch = as_dataset(examples), rules.batch
-        packing = f"none, {batch} pairs side by side, as this model's attention does not keep packed pairs apart"
+        full = sum(lengths) / sum(max(length, sum(parts)) for parts in rows["seq_lengths"])
+        packing = f"{len(examples):,} pairs in {len(rows):,} packs of at most {length:,} tokens, longer pairs alone, "
+        packing += f"{full:.0%} full"
     steps = rules.epochs * math.ceil(len(rows) / (batch * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
     arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=batch), steps) | {
         "max_length": max(length, *lengths),
         "packing": packed,
+        "eval_packing": False,
+        "save_total_limit": None,  # so that the epochs can be compared
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "per_device_eval_batch_size": 1,  # so that the mean over batches is the mean over pairs
+        "prediction_loss_only": True,
+        "eval_strategy": "epoch" if held_out else "no",
         "eval_on_start": bool(held_out) and not last,
     }
-    trainer = _trainer(model, tokenizer, rows, held_out, arguments)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(**arguments),
+        train_dataset=rows,
+        eval_dataset=as_dataset(held_out) if held_out else None,
+        processing_class=tokenizer,
+    )
+    if not can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
+        for weights in model.parameters():
+            weights.data = weights.data.float() if weights.requires_grad else weights.data
     print_main(f"packing: {packing}")
     words = loop.train(
         trainer,
@@ -91,33 +102,6 @@ def tune(
         too_fast=f"lower --learning-rate {rules.learning_rate} and add --redo",
     )
     return trainer.state.log_history, words
-
-
-def _trainer(
-    model: PeftModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    rows: datasets.Dataset,
-    held_out: Sequence[TrainingExample],
-    arguments: dict[str, Any],
-) -> SFTTrainer:
-    trainer = SFTTrainer(
-        model,
-        SFTConfig(
-            **{**arguments, "save_total_limit": None},  # so that the epochs can be compared
-            eval_packing=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            per_device_eval_batch_size=1,  # so that the mean over batches is the mean over pairs
-            prediction_loss_only=True,
-            eval_strategy="epoch" if held_out else "no",
-        ),
-        train_dataset=rows,
-        eval_dataset=as_dataset(held_out) if held_out else None,
-        processing_class=tokenizer,
-    )
-    if not can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
-        for weights in model.parameters():
-            weights.data = weights.data.float() if weights.requires_grad else weights.data
-    return trainer
 
 
 def pack(examples: Sequence[TrainingExample], room: int, seed: int) -> datasets.Dataset:
@@ -156,23 +140,19 @@ def stays_apart(model: torch.nn.Module) -> bool:
 
 
 def draw_losses(log: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the training and held-out loss over the steps, with the ends of the epochs marked."""
+    """Draws the training and held-out loss over the epochs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    last = max((row["step"] for row in log), default=0)
-    epochs = round(max((row["epoch"] for row in log), default=0))
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for epoch in range(1, epochs + 1):
-        axes.axvline(epoch * last / epochs, color="0.85", linewidth=1, zorder=0)
     for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "held out")):
-        if drawn := [(row["step"], row[name]) for row in log if name in row]:
+        if drawn := [(row["epoch"], row[name]) for row in log if name in row]:
             axes.plot(*zip(*drawn, strict=True), style, label=label)
             axes.legend()
-    axes.set(xlabel=f"step (vertical lines: ends of the {epochs} epochs)", ylabel="loss, nats per token")
-    axes.set_ylim(bottom=0)
+    axes.set(xlabel="epoch", ylabel="loss, nats per token", ylim=(0, None))
+    axes.grid(axis="x", color="0.85")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150, format="png")
     pyplot.close(figure)
