@@ -143,21 +143,20 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
     on_main(lambda: save(output, inputs, model, log))
 
 
-def encode(encoder: ChatEncoder, inputs: Inputs) -> tuple[list[TrainingExample], list[TrainingExample]]:
+def encode(encoder: ChatEncoder, inputs: Inputs) -> list[list[TrainingExample]]:
     """The examples to train on and those held out. Raises UserError when there is nothing to train on."""
-    examples = [example for pair in inputs.learnt if (example := encoder(pair))]
-    held_out = [example for pair in inputs.held_out if (example := encoder(pair))]
-    most = encoder.max_tokens
-    if not examples:
+    encoded = [[row for pair in pairs if (row := encoder(pair))] for pairs in (inputs.learnt, inputs.held_out)]
+    most, rows = encoder.max_tokens, [*encoded[0], *encoded[1]]
+    if not encoded[0]:
         raise UserError(f"no pair is left to train on: {most} tokens leave no room for an answer; raise --max-tokens")
-    lengths = [len(example.input_ids) for example in examples + held_out]
-    lost = len(inputs.learnt) + len(inputs.held_out) - len(lengths)
+    lengths = [len(row.input_ids) for row in rows]
+    lost = len(inputs.learnt) + len(inputs.held_out) - len(rows)
     print_main(
         f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} per pair, longest {max(lengths):,}; "
-        f"{sum(example.cut for example in examples + held_out):,} answers cut at {most:,}"
+        f"{sum(row.cut for row in rows):,} answers cut at {most:,}"
         + (f"; {lost:,} pairs left out, as their questions alone are as long" if lost else "")
     )
-    return examples, held_out
+    return encoded
 
 
 def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ from augcon.errors import UserError, stage
 from augcon.files import new_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
-from augcon.train.adapters import Adapter, TrainedWith, read_adapter, trained_over
+from augcon.train.adapters import TrainedWith, read_adapter, trained_over
 from augcon.train.base import companions_digest, model_folder
 from augcon.train.merge import merge
 from config import load_settings
@@ -49,7 +49,16 @@ def main() -> None:
         if is_done(output, inputs):
             print(f"merged:  {output} is made of this adapter already")
         else:
-            write(adapter, base, trained, output, inputs)
+            started = time.monotonic()
+            with new_folder(output) as unfinished:
+                quantized, files = merge(adapter, base, trained, unfinished)
+                copy = Record(unfinished)
+                copy.begin(STAGE, inputs, made=[], redo=False)
+                copy.finish(STAGE)
+            through = f", over {quantized:,} layers dequantised from NF4" if quantized else ""
+            seconds = time.monotonic() - started
+            print(f"merged:  all {len(adapter.factors):,} layers of the adapter{through}; {seconds:.0f} s")
+            print(f"made:    {output}, {files:,} weight file{'s' * (files > 1)}")
         print(f"next:    {settings.command('serve.py', '--model', output)}")
 
 
@@ -61,18 +70,6 @@ def is_done(output: Path, inputs: dict[str, str]) -> bool:
     if STAGE not in record.stages():
         raise UserError(f"{output} exists and was not made by merge.py; name another folder with --output")
     return record.done_with(STAGE, inputs) is not None
-
-
-def write(adapter: Adapter, base: Path, trained: TrainedWith, output: Path, inputs: dict[str, str]) -> None:
-    started = time.monotonic()
-    with new_folder(output) as folder:
-        quantized, files = merge(adapter, base, trained, folder)
-        record = Record(folder)
-        record.begin(STAGE, inputs, made=[], redo=False)
-        record.finish(STAGE)
-    through = f", over {quantized:,} layers dequantised from NF4" if quantized else ""
-    print(f"merged:  all {len(adapter.factors):,} layers of the adapter{through}; {time.monotonic() - started:.0f} s")
-    print(f"made:    {output}, {files:,} weight file{'s' * (files > 1)}")
 
 
 if __name__ == "__main__":

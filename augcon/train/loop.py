@@ -45,13 +45,12 @@ def hold_out(
         sizes = Counter(groups)
         if not share or None in sizes or len(sizes) < (2 if unit == list(units)[-1] else many):
             continue
-        held: set[int | None] = set()
-        number = 0
+        held: Counter[int | None] = Counter()
+        most = max(1, share * len(items), len(items) / many)
         for group in random.Random(seed).sample(sorted(sizes), len(sizes)):  # type: ignore[type-var]
-            if number < share * len(items) and number + sizes[group] <= max(1, share * len(items), len(items) / many):
-                held.add(group)
-                number += sizes[group]
-        held = held or {min(sizes, key=lambda group: (sizes[group], group))}
+            if held.total() < share * len(items) and held.total() + sizes[group] <= most:
+                held[group] = sizes[group]
+        held = held or Counter([min(sizes, key=lambda group: (sizes[group], group))])
         parts: tuple[list[Item], list[Item]] = [], []
         for item, group in zip(items, groups, strict=True):
             parts[group in held].append(item)

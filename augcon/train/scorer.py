@@ -130,9 +130,9 @@ def train(
     rules: loop.TrainingRules,
     checkpoints: Path,
 ) -> str:
-    """Trains the scorer in place, all processes together, from the last of the ``checkpoints`` on.
+    """Trains the scorer in place, from the last of the ``checkpoints`` on; returns the figures in words.
 
-    Returns the figures in words. Raises UserError when it does not fit in memory or diverges.
+    Raises UserError when it does not fit in memory or diverges.
     """
     better = encoder([(pair.context, pair.pos_query) for pair in pairs])
     worse = encoder([(pair.context, pair.neg_query) for pair in pairs])
@@ -140,17 +140,14 @@ def train(
     steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
 
-    def collate(rows: list[dict[str, Tokens]]) -> dict[str, torch.Tensor]:
-        return encoder.padded([row[which] for which in ("better", "worse") for row in rows])  # one forward pass
-
+    arguments = loop.training_arguments(checkpoints, rules, steps)
     trainer = _PairTrainer(
         model,
         transformers.TrainingArguments(
-            **loop.training_arguments(checkpoints, rules, steps),
-            remove_unused_columns=False,
-            train_sampling_strategy="group_by_length",
+            **arguments, remove_unused_columns=False, train_sampling_strategy="group_by_length"
         ),
-        data_collator=collate,
+        # Good and worse queries in one forward pass.
+        data_collator=lambda rows: encoder.padded([row[which] for which in ("better", "worse") for row in rows]),
         train_dataset=datasets.Dataset.from_dict(columns),
     )
     speed = loop.train(

@@ -53,10 +53,9 @@ def tune(
     rules: loop.TrainingRules,
     checkpoints: Path,
 ) -> tuple[list[dict[str, Any]], str]:
-    """Trains the adapter in place, all processes together, from the last of the ``checkpoints`` on.
+    """Trains the adapter in place, from the last of the ``checkpoints`` on; returns the losses, and figures in words.
 
-    Returns the Trainer's log history, and the figures in words. Raises UserError when the training does not fit in
-    memory or diverges.
+    Raises UserError when the training does not fit in memory or diverges.
     """
     datasets.disable_progress_bars()
     lengths = [len(example.input_ids) for example in examples]
