@@ -40,7 +40,7 @@ QA = {
 
 def question(context: str, seed: int, prompts=ZH, **variant) -> str:
     """The question of a reply to a Context-Split-Tree prompt."""
-    first = reply_to(prompts.cst_messages(context, **variant), seed).text.split("\n")[0]
+    first = reply_to(prompts.cst_messages(context, **variant), seed).split("\n")[0]
     assert first.startswith(prompts.line(prompts.labels.question, ""))
     return first.removeprefix(prompts.line(prompts.labels.question, ""))
 
@@ -51,15 +51,14 @@ def question(context: str, seed: int, prompts=ZH, **variant) -> str:
 def test_the_same_request_gets_the_same_reply_and_another_seed_another():
     messages = ZH.cst_messages(CONTEXT)
     assert reply_to(messages, 7) == reply_to(messages, 7)
-    assert len({reply_to(messages, seed).text for seed in range(10)}) > 5
+    assert len({reply_to(messages, seed) for seed in range(10)}) > 5
 
 
 def test_replies_do_not_depend_on_the_process():
     code = (
         "from augcon.demo.rules import reply_to\nfrom augcon.text.prompts import load_prompts\n"
         "p = load_prompts('zh')\n"
-        "print([reply_to(p.cst_messages(p.cst.examples[0].context, weak=w, examples=n), s).identity + "
-        "reply_to(p.cst_messages(p.cst.examples[0].context, weak=w, examples=n), s).text "
+        "print([reply_to(p.cst_messages(p.cst.examples[0].context, weak=w, examples=n), s) "
         "for s in range(20) for w in (0, 1) for n in (1, 3)])"
     )
     printed = [
@@ -152,7 +151,7 @@ def test_any_text_as_a_context_gets_a_reply_in_the_form_of_the_prompt(context, s
     for prompts in (ZH, EN):
         messages = prompts.cst_messages(context, weak=weak, examples=1 if weak else None)
         shown = messages[-1]["content"].removeprefix(f"{prompts.line(prompts.labels.context, '').rstrip()}\n")
-        reply = reply_to(messages, seed).text
+        reply = reply_to(messages, seed)
         asked = reply.split("\n")[0].removeprefix(prompts.line(prompts.labels.question, ""))
         assert len(asked) >= 5 and len(asked.splitlines()) == 1
         options = [halve(shown, second_best) for second_best in (False, True)]
@@ -168,9 +167,9 @@ def test_any_text_as_a_context_gets_a_reply_in_the_form_of_the_prompt(context, s
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=200), st.text(max_size=60), st.text(max_size=60))
 def test_any_text_gets_an_answer_and_a_grade(context, asked, answer):
-    assert reply_to(ZH.answer_messages([], context, asked), 0).text
-    assert reply_to(as_text(EN.answer_messages([Example(context, asked, answer)], context, asked)), 0).text
-    grade = reply_to(EN.grade_messages(context, asked, context, answer), 0).text
+    assert reply_to(ZH.answer_messages([], context, asked), 0)
+    assert reply_to(as_text(EN.answer_messages([Example(context, asked, answer)], context, asked)), 0)
+    grade = reply_to(EN.grade_messages(context, asked, context, answer), 0)
     assert 1 <= int(grade.removeprefix("Grade: ")) <= 10
 
 
@@ -197,7 +196,7 @@ def test_a_weaker_prompt_gets_mostly_questions_that_say_less_of_the_context(prom
 def grow(context: str, seed: int, prompts: Prompts) -> Iterator[str]:
     """The questions of a tree, as AugCon reads them."""
     if length(context) >= 20:
-        split = parse_split(reply_to(prompts.cst_messages(context), seed).text, prompts)
+        split = parse_split(reply_to(prompts.cst_messages(context), seed), prompts)
         yield split.query
         for half in split.halves if split.halves[1] else ():
             yield from grow(half, seed, prompts)
@@ -252,11 +251,11 @@ def test_answers_come_from_the_context_and_do_not_mention_it(prompts):
     rows = QA[prompts.language]
     demonstrations = [Example(row["context"], row["question"], row["answer"]) for row in rows[:3]]
     for row in rows[3:]:
-        answer = reply_to(prompts.answer_messages(demonstrations, row["context"], row["question"]), 0).text
+        answer = reply_to(prompts.answer_messages(demonstrations, row["context"], row["question"]), 0)
         assert rouge_l_precision(words(answer), words(row["context"])) > 0.9
         assert not MENTIONS.search(answer)
     context = "本文介绍一种怕热的蜂蜡布。它怕什么，如上文所述。蜂蜡布怕热，"
-    assert reply_to(ZH.answer_messages([], context, "蜂蜡布怕什么？"), 0).text == "蜂蜡布怕热。"
+    assert reply_to(ZH.answer_messages([], context, "蜂蜡布怕什么？"), 0) == "蜂蜡布怕热。"
 
 
 @pytest.mark.parametrize("prompts", [ZH, EN])
@@ -265,7 +264,7 @@ def test_answers_to_its_own_questions_pass_the_checks(prompts):
     for example in examples[3:]:
         for seed in range(9):
             asked = question(example.context, seed, prompts)
-            reply = reply_to(prompts.answer_messages(examples[:3], example.context, asked), seed).text
+            reply = reply_to(prompts.answer_messages(examples[:3], example.context, asked), seed)
             assert parse_answer(reply, example.context, asked, prompts, examples[:3]) == reply
             assert not re.search("没有更多|nothing more", reply)
 
@@ -273,9 +272,7 @@ def test_answers_to_its_own_questions_pass_the_checks(prompts):
 def test_longer_demonstrations_get_longer_answers():
     row = QA["zh"][2]
     short, long = ([Example("上下文。", "问？", "答" * size)] for size in (10, 200))
-    sizes = [
-        length(reply_to(ZH.answer_messages(shown, row["context"], row["question"]), 0).text) for shown in (short, long)
-    ]
+    sizes = [length(reply_to(ZH.answer_messages(shown, row["context"], row["question"]), 0)) for shown in (short, long)]
     assert sizes[0] < sizes[1]
 
 
@@ -284,7 +281,7 @@ def test_a_grade_is_a_number_from_1_to_10_and_the_reference_itself_gets_the_best
     row, other = QA[prompts.language][:2]
     grades = []
     for answer in (row["answer"], row["answer"][: len(row["answer"]) // 2], other["answer"]):
-        reply = reply_to(prompts.grade_messages(row["context"], row["question"], row["answer"], answer), 0).text
+        reply = reply_to(prompts.grade_messages(row["context"], row["question"], row["answer"], answer), 0)
         assert re.fullmatch(prompts.line(prompts.labels.grade, r"(?:[1-9]|10)"), reply)
         grades.append(int(re.findall(r"\d+", reply)[0]))
     assert grades[0] == 10 > grades[1] > grades[2] >= 1
@@ -295,7 +292,7 @@ def test_a_grade_is_a_number_from_1_to_10_and_the_reference_itself_gets_the_best
 
 @pytest.mark.parametrize("asked", ["你好，请写一首诗。", "Hello, please write a poem."])
 def test_any_other_prompt_is_told_that_this_is_no_language_model(asked):
-    reply = reply_to([{"role": "user", "content": asked}], 0).text
+    reply = reply_to([{"role": "user", "content": asked}], 0)
     assert ("不是语言模型" in reply) == ("你好" in asked) and ("not a language model" in reply) == ("Hello" in asked)
 
 
@@ -307,10 +304,9 @@ def test_large_and_hostile_contexts_take_time_in_proportion():
         "<!--" * 50_000,
         "[a](" * 50_000,
         "\n" * 200_000,
-        "\ud800" * 99,
     ):
-        assert reply_to(ZH.cst_messages(text), 0).text
-        assert reply_to(ZH.answer_messages([], text, "问？"), 0).text
+        assert reply_to(ZH.cst_messages(text), 0)
+        assert reply_to(ZH.answer_messages([], text, "问？"), 0)
     assert time.monotonic() - started < 8
 
 
@@ -387,7 +383,7 @@ def test_a_chat_completion_has_the_shape_of_openai(server):
     status, response = call(f"{server}/v1/chat/completions", request(structured_outputs={"regex": "x"}, stop=[]))
     choice = response["choices"][0]
     assert status == 200 and response["object"] == "chat.completion" and response["model"] == MODEL
-    assert choice["message"]["content"] == reply_to(ZH.cst_messages(CONTEXT), 1).text
+    assert choice["message"]["content"] == reply_to(ZH.cst_messages(CONTEXT), 1)
     assert choice["finish_reason"] == "stop" and "not-a-language-model" in response["system_fingerprint"]
     usage = response["usage"]
     assert usage["completion_tokens"] == length(choice["message"]["content"])
@@ -397,7 +393,7 @@ def test_a_chat_completion_has_the_shape_of_openai(server):
 def test_a_completion_gives_the_same_as_text(server):
     body = {"model": MODEL, "prompt": as_text(ZH.cst_messages(CONTEXT)), "seed": 1, "stop": ["\n片段1"]}
     status, response = call(f"{server}/v1/completions", body)
-    assert status == 200 and response["choices"][0]["text"] == reply_to(ZH.cst_messages(CONTEXT), 1).text.split("\n")[0]
+    assert status == 200 and response["choices"][0]["text"] == reply_to(ZH.cst_messages(CONTEXT), 1).split("\n")[0]
 
 
 def test_at_a_low_temperature_the_seed_makes_no_difference(server):

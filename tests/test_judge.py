@@ -120,12 +120,11 @@ def test_the_demonstration_engine_judges_in_the_form_asked_for():
         (EN, "How is beeswax wrap cleaned?", "Beeswax wrap is cleaned in cold water with mild soap.", "No."),
     ):
         grades = [
-            parse_grades(reply_to(prompts.judge_messages(question, answer), 0).text, prompts)
-            for answer in (good, bad, "")
+            parse_grades(reply_to(prompts.judge_messages(question, answer), 0), prompts) for answer in (good, bad, "")
         ]
         assert grades[0].satisfaction > grades[1].satisfaction >= grades[2].satisfaction == 1
         for pair, verdict in (((good, bad), 0), ((bad, good), 1), ((good, good), 2)):
-            assert parse_verdict(reply_to(prompts.compare_messages(question, *pair), 0).text, prompts) == verdict
+            assert parse_verdict(reply_to(prompts.compare_messages(question, *pair), 0), prompts) == verdict
 
 
 def test_the_picture_is_drawn_for_one_and_for_many(tmp_path: Path):

@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, Field, ValidationError
 from augcon.data import Message
 from augcon.demo.rules import reply_to
 from augcon.errors import one_line
-from augcon.text.prompts import load_prompts
+from augcon.text.prompts import as_text, load_prompts
 from augcon.text.units import length, units
 
 MODEL = "augcon-demo-not-an-llm"
@@ -33,6 +33,10 @@ class Asked(BaseModel):
     seed: int | None = None
     max_tokens: int | None = None
     stop: list[str] = []
+
+    def tokens(self) -> int:
+        """The length of the prompt: a token is a unit of AugCon's here."""
+        return length(self.prompt if isinstance(self.prompt, str) else as_text(self.prompt))
 
 
 def cut(reply: str, stops: list[str], max_tokens: int | None) -> tuple[str, str, int]:
@@ -64,11 +68,11 @@ class Engine:
         finally:
             self.running -= 1
         self.requests += 1
-        written, finish, tokens = cut(reply.text, asked.stop, asked.max_tokens)
+        written, finish, tokens = cut(reply, asked.stop, asked.max_tokens)
         choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
-        usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": tokens}
+        usage = {"prompt_tokens": asked.tokens(), "completion_tokens": tokens}
         response = {
-            "id": f"augcon-{reply.identity}",
+            "id": f"augcon-{self.requests}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": MODEL,

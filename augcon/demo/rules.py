@@ -1,25 +1,21 @@
 """The demonstration engine's replies to AugCon's prompts, by rules that only look at the surface of a text, in Chinese
 and in English. A reply depends on prompt and seed alone."""
 
-import contextlib
 import functools
-import hashlib
 import itertools
 import random
 import re
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 from rapidfuzz.distance import LCSseq
 
 from augcon.data import Message
-from augcon.errors import UserError
 from augcon.text import units as text
 from augcon.text.checks import mentions_text
 from augcon.text.prompts import Prompts, as_text, load_prompts, prompts_file
 
 _MOST_READ = 20_000  # characters of a text that are read; a corpus has far shorter contexts
 _DIVISIBLE = 40  # length from which a text without any mark is cut between words
-_length = functools.lru_cache(maxsize=64)(text.length)  # of what stands before every context
 _OTHER = {
     "zh": "这里是 AugCon 的演示引擎：它按规则回复，不是语言模型，只能回应 AugCon 自己的提示词。",
     "en": "This is AugCon's demonstration engine. It works by rules, is not a language model, knows no other prompt.",
@@ -27,26 +23,14 @@ _OTHER = {
 _NO_ANSWER = {"zh": "这件事没有更多可以说明的情况。", "en": "There is nothing more that can be said about it."}
 
 
-class Reply(NamedTuple):
-    """A whole reply, before stop strings and the limit cut it."""
-
-    text: str
-    prompt_tokens: int
-    identity: str
-
-
-def reply_to(prompt: list[Message] | str, seed: int | None) -> Reply:
-    """The reply to messages, or to the same prompt as one text."""
+def reply_to(prompt: list[Message] | str, seed: int | None) -> str:
+    """The whole reply to messages, or to the same prompt as one text."""
     task = recognise(prompt)
-    asked = f"{seed}\n{task.fixed}{task.last}".encode("utf-8", "surrogatepass")
-    identity = hashlib.blake2b(asked, digest_size=12).hexdigest()
     if task.kind == "other":
-        written = _OTHER[task.prompts.language]
-    elif "tree" in task.kind:
-        written = _tree(task, random.Random(identity))
-    else:
-        written = _answer(task) if task.kind == "answer" else _graded(task)
-    return Reply(written, _length(task.fixed) + text.length(task.last), identity)
+        return _OTHER[task.prompts.language]
+    if "tree" in task.kind:
+        return _tree(task, random.Random(f"{seed}\n{task.fixed}{task.last}"))
+    return _answer(task) if task.kind == "answer" else _graded(task)
 
 
 class Task(NamedTuple):
@@ -59,49 +43,47 @@ class Task(NamedTuple):
 
     def parts(self, *labels: str) -> list[str]:
         """The last turn cut at its last lines with these labels: what stands before them, then what they name."""
-        rest, named = self.last, []
+        parts = [self.last]
         for label in reversed(labels):
-            rest, _, part = rest.rpartition(f"\n\n{self.prompts.line(label, '')}")
-            named.insert(0, part[:_MOST_READ])
-        return [rest[:_MOST_READ], *named]
+            parts[:1] = parts[0].rpartition(f"\n\n{self.prompts.line(label, '')}")[::2]
+        return [part[:_MOST_READ] for part in parts]
 
 
 def recognise(prompt: list[Message] | str) -> Task:
     """Finds out which of AugCon's prompts this is, by how it begins: a context may hold anything."""
     turns = [prompt.removesuffix("\n\n")] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
     whole = "\n\n".join(turns)
-    for prompts in map(_prompts_now, ("zh", "en")):
+    for prompts in map(_prompts_now, get_args(text.Language)):
         label = prompts.end_of_reply()[0].lstrip()
-        starts = "|".join(map(re.escape, (label, prompts.labels.question)))
-        for kind, messages in {
-            "tree": prompts.cst_messages(""),
-            "weak tree": prompts.cst_messages("", weak=True),
-            "answer": prompts.answer_messages([], "", ""),
-            "grade": prompts.grade_messages("", "", "", ""),
-            "judge": prompts.judge_messages("", ""),
-            "compare": prompts.compare_messages("", "", ""),
+        for kind, instruction in {
+            "tree": prompts.cst.instruction,
+            "weak tree": prompts.cst.weak_instruction,
+            "answer": prompts.answer.instruction,
+            "grade": prompts.grade.instruction,
+            "judge": prompts.judge.instruction,
+            "compare": prompts.judge.compare_instruction,
         }.items():
-            instruction = re.split(f"(?<=\n\n)(?:{starts})", messages[0]["content"])[0]
-            if whole.startswith(instruction):
-                known = [instruction, *(as_text(messages[:number]) for number in range(2, len(messages), 2))]
-                if kind == "answer":
+            if whole.startswith(f"{instruction}\n\n"):
+                fixed = f"{instruction}\n\n"
+                if "tree" in kind:
+                    shown = prompts.cst_messages("", weak=kind == "weak tree")[:-1]
+                    known = (as_text(shown[:number]) for number in range(2, len(shown) + 1, 2))
+                    fixed = max([fixed, *filter(whole.startswith, known)], key=len)
+                elif kind == "answer":
                     last = turns[-1] if len(turns) > 1 else label + whole.rpartition(f"\n\n{label}")[2]
-                    known.append(whole.removesuffix(last))
-                fixed = max(filter(whole.startswith, known), key=len)
+                    fixed = whole.removesuffix(last)
                 return Task(kind, prompts, fixed, whole.removeprefix(fixed).removeprefix(label))
     return Task("other", _prompts_now(text.language(whole[-2000:])), "", whole)
 
 
-_read: dict[str, tuple[int, Prompts]] = {}
+def _prompts_now(language: text.Language) -> Prompts:
+    """The prompts as their file stands: users edit it while the engine runs."""
+    return _prompts_of(language, prompts_file(language).stat().st_mtime_ns)
 
 
-def _prompts_now(language: str) -> Prompts:
-    """The prompts as their file stands: users edit it while the engine runs. A broken edit leaves the old ones."""
-    changed = prompts_file(language).stat().st_mtime_ns
-    if _read.get(language, (0,))[0] != changed:
-        with contextlib.suppress(UserError):
-            _read[language] = changed, load_prompts.__wrapped__(language)
-    return _read[language][1]
+@functools.lru_cache
+def _prompts_of(language: text.Language, _changed: int) -> Prompts:
+    return load_prompts.__wrapped__(language)
 
 
 def halve(context: str, second_best: bool) -> tuple[str, str]:
@@ -146,7 +128,7 @@ _TEMPLATES = {
 def _tree(task: Task, random_: random.Random) -> str:
     """A question and the halves; mostly a weaker question for the weak instruction, and for fewer examples."""
     language, context = task.prompts.language, text.clean(task.last[:_MOST_READ])
-    pieces = {slot: [] for slot in "tsqc"}
+    pieces: dict[str, list[str]] = {slot: [] for slot in "tsqc"}
     for sentence in text.sentences(context):
         for slot, piece in (_chinese if language == "zh" else _english)(sentence[:1000]):
             pieces[slot].append(piece)
@@ -223,7 +205,7 @@ def _answer(task: Task) -> str:
     language, asked = text.language(question), _content(question)
     turns = task.fixed.split(f"\n\n{task.prompts.line(task.prompts.labels.question, '')}")[1:]
     shown = [turn.partition("\n\n")[2].partition(task.prompts.end_of_reply()[0])[0] for turn in turns]
-    wanted = max(30, sum(map(_length, shown)) / max(1, len(shown)))
+    wanted = max(30, sum(map(text.length, shown)) / max(1, len(shown)))
     said = [sentence.strip() for sentence in text.sentences(context) if text.language(sentence) == language]
     chosen: list[str] = []
     for sentence in sorted(said, key=lambda sentence: -len(asked & _content(sentence))):

@@ -48,8 +48,8 @@ def make_tiny_model(
     trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special.split(), initial_alphabet=alphabet)
     tokenizer.train_from_iterator(texts, trainer)
     if first := roles.get("bos_token"):
-        marks = [(first, tokenizer.token_to_id(first))]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=marks)
+        start = [(first, tokenizer.token_to_id(first))]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=start)
     wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
 
     transformers.set_seed(seed)
