@@ -7,7 +7,6 @@ was. judge.py grades the outputs.
     python serve.py --model results/sft_model -- python inference.py
 """
 
-import asyncio
 import statistics
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.corpus import read_column, texts
 from augcon.run.inputs import corpus_path
+from augcon.run.recipe import run_recipe
 from augcon.run.report import format_counts, format_skipped, print_calls
 from augcon.run.results import Results
 from augcon.text.parse import without_thinking
@@ -33,11 +33,7 @@ from config import Settings, load_settings, pick
 
 @stage
 def main() -> None:
-    settings = load_settings(__doc__, "inference and judging", "server")
-    print(settings.describe(), flush=True)
-    results = Results(settings.results)
-    with results.held(), Store(results.store) as store:
-        asyncio.run(answer_questions(settings, results, store))
+    run_recipe(answer_questions, load_settings(__doc__, "inference and judging", "server"))
 
 
 async def answer_questions(settings: Settings, results: Results, store: Store) -> None:

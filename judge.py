@@ -7,7 +7,6 @@ says for each question whose answer is better. Writes into results/: judge.jsonl
     python judge.py --outputs results/outputs,base/outputs --api-base https://… --api-model judge
 """
 
-import asyncio
 import dataclasses
 import time
 from collections import Counter
@@ -23,6 +22,7 @@ from augcon.method.judging import SCORES, JudgeRules, Mean, coins, compare, grad
 from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import prompts_for
+from augcon.run.recipe import run_recipe
 from augcon.run.report import format_counts, print_calls
 from augcon.run.results import Results
 from config import Settings, load_settings, pick
@@ -43,11 +43,7 @@ class Judgement:
 
 @stage
 def main() -> None:
-    settings = load_settings(__doc__, "inference and judging", "server")
-    print(settings.describe(), flush=True)
-    results = Results(settings.results)
-    with results.held(), Store(results.store) as store:
-        asyncio.run(judge_outputs(settings, results, store))
+    run_recipe(judge_outputs, load_settings(__doc__, "inference and judging", "server"))
 
 
 async def judge_outputs(settings: Settings, results: Results, store: Store) -> None:

@@ -8,14 +8,13 @@ more tree over each root context named there.
     python step1_gen_q.py --api-base http://127.0.0.1:8000/v1
 """
 
-import asyncio
 import dataclasses
 import math
 import time
 from collections import Counter
 
 from augcon.data import Query, Reply, Request, RootContext, ScorerPair
-from augcon.errors import run_fast, stage
+from augcon.errors import stage
 from augcon.files import read_json, write_lines
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
@@ -24,6 +23,7 @@ from augcon.method.tree import Grown, TreeRules, fill_root
 from augcon.ordered import map_in_order
 from augcon.progress import Share, bar
 from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
+from augcon.run.recipe import run_recipe
 from augcon.run.report import TreeFigures, format_counts, format_skipped, print_calls
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
@@ -31,12 +31,7 @@ from config import Settings, load_settings, pick
 
 @stage
 def main() -> None:
-    settings = load_settings(__doc__, "step 1", "corpus", "server")
-    print(settings.describe(), flush=True)
-    results = Results(settings.results)
-    run_fast()
-    with results.held(), Store(results.store) as store:
-        asyncio.run(make_queries(settings, results, store))
+    run_recipe(make_queries, load_settings(__doc__, "step 1", "corpus", "server"))
 
 
 async def make_queries(settings: Settings, results: Results, store: Store) -> None:

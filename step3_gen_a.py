@@ -8,7 +8,6 @@ sft_data (dataset of question and answer), sft_origins.jsonl (where each pair ca
     python step3_gen_a.py --api-base http://127.0.0.1:8000/v1
 """
 
-import asyncio
 import dataclasses
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from augcon.data import Answer, Query
-from augcon.errors import UserError, run_fast, stage
+from augcon.errors import UserError, stage
 from augcon.files import digest, read_lines, write_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
@@ -24,6 +23,7 @@ from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_que
 from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import answer_inputs, prompts_for, read_examples
+from augcon.run.recipe import run_recipe
 from augcon.run.report import format_counts, print_answers, print_calls, print_search
 from augcon.run.results import STEP_2, Results
 from augcon.text.prompts import load_prompts
@@ -46,12 +46,7 @@ class Scored:
 
 @stage
 def main() -> None:
-    settings = load_settings(__doc__, "step 3", "server")
-    print(settings.describe(), flush=True)
-    results = Results(settings.results)
-    run_fast()
-    with results.held(), Store(results.store) as store:
-        asyncio.run(make_answers(settings, results, store))
+    run_recipe(make_answers, load_settings(__doc__, "step 3", "server"))
 
 
 async def make_answers(settings: Settings, results: Results, store: Store) -> None:

@@ -1,7 +1,6 @@
 """Errors that a user can mend: one line that says what, which value, and what to do."""
 
 import functools
-import gc
 import sys
 from collections.abc import Callable
 
@@ -32,9 +31,3 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(141)
 
     return run
-
-
-def run_fast() -> None:
-    """Keeps the garbage collector from looking through what the imports made, which would cost a sixth of the time."""
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
