@@ -176,10 +176,9 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
 
 
 def with_gradients(model: Any) -> Any:
-    """The same model, with bitsandbytes' CPU kernel for inference switched off.
+    """The same model without bitsandbytes' CPU kernel for inference, which gives no gradients.
 
-    At the first pass without gradients that kernel would convert the 4-bit weights for good, and it gives no
-    gradients: what is trained after an evaluation would be trained wrongly.
+    At the first pass without gradients it would convert the weights for good: training would go wrong from then on.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -190,8 +189,7 @@ def with_gradients(model: Any) -> Any:
 def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     """The model's tokenizer, padding on the right with a token that is not the end token.
 
-    The vocabulary never grows: where no pad token is set, one that texts cannot contain is used (a reserved one; the
-    one for unknown words, where bytes represent those; the one that begins a text).
+    The vocabulary never grows: where no pad token is set, another special token is, a reserved one if there is any.
     """
     try:
         tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(model)
@@ -201,9 +199,7 @@ def load_tokenizer(model: str) -> transformers.PreTrainedTokenizerBase:
     if tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         known = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
         spare = [token for name in ("pad", "reserved", "unused") for token in known if name in token]
-        candidates = [*spare, tokenizer.unk_token, tokenizer.bos_token, *known]
-        usable = [token for token in candidates if token and token != tokenizer.eos_token]
-        if not usable:
+        tokenizer.pad_token = next((token for token in [*spare, *known] if token != tokenizer.eos_token), None)
+        if tokenizer.pad_token is None:
             raise UserError(f"the tokenizer of model {model!r} has no token to pad with; set its pad_token")
-        tokenizer.pad_token = usable[0]
     return tokenizer
