@@ -5,6 +5,8 @@ import functools
 import itertools
 import random
 import re
+import tomllib
+from pathlib import Path
 from typing import NamedTuple, get_args
 
 from rapidfuzz.distance import LCSseq
@@ -16,18 +18,14 @@ from augcon.text.prompts import Prompts, as_text, load_prompts, prompts_file
 
 _MOST_READ = 20_000  # characters of a text that are read; a corpus has far shorter contexts
 _DIVISIBLE = 40  # length from which a text without any mark is cut between words
-_OTHER = {
-    "zh": "这里是 AugCon 的演示引擎：它按规则回复，不是语言模型，只能回应 AugCon 自己的提示词。",
-    "en": "This is AugCon's demonstration engine. It works by rules, is not a language model, knows no other prompt.",
-}
-_NO_ANSWER = {"zh": "这件事没有更多可以说明的情况。", "en": "There is nothing more that can be said about it."}
+_SAYINGS = tomllib.loads(Path(__file__).with_name("words.toml").read_text("utf-8"))
 
 
 def reply_to(prompt: list[Message] | str, seed: int | None) -> str:
     """The whole reply to messages, or to the same prompt as one text."""
     task = recognise(prompt)
     if task.kind == "other":
-        return _OTHER[task.prompts.language]
+        return str(_SAYINGS[task.prompts.language]["other"])
     if "tree" in task.kind:
         return _tree(task, random.Random(f"{seed}\n{task.fixed}{task.last}"))
     return _answer(task) if task.kind == "answer" else _graded(task)
@@ -109,22 +107,6 @@ def halve(context: str, second_best: bool) -> tuple[str, str]:
     return context, ""
 
 
-# In templates, {t} and {u} are terms, {s} a statement, {q} one with a question word in it, {c} a statement or else any
-# clause. The first are for good questions; the second for weaker ones, and where nothing else fits.
-_TEMPLATES = {
-    "zh": (
-        "{q}？|{q}？|说到{t}，{q}？|说到{t}，{q}？|为什么{s}？|为什么{s}？|说起{t}，为什么{s}？|说起{t}，为什么{s}？"
-        "|{s}，原因是什么？|{s}，结果怎样？|{s}，具体是怎么一回事？|“{c}”说的是什么情况？|{t}和{u}有什么联系？|关于{t}，要了解什么？",
-        "{t}怎么样？|{t}重要吗？|什么是{t}？|“{c}”对吗？|主要讲了什么？|有什么要注意的？|为什么会这样？|文中提到了什么？",
-    ),
-    "en": (
-        "{q}?|{q}?|{q}?|Why is it that {s}?|Why is it that {s}?|What explains the fact that {s}?"
-        "|What is known about {t}?|How does “{c}” relate to {t}?|What is meant by “{c}”?|How are {t} and {u} linked?",
-        "What about {t}?|Is {t} important?|What is {t}?|Is “{c}” right?|What is this about?|What happens next?|Why so?",
-    ),
-}
-
-
 def _tree(task: Task, random_: random.Random) -> str:
     """A question and the halves; mostly a weaker question for the weak instruction, and for fewer examples."""
     language, context = task.prompts.language, text.clean(task.last[:_MOST_READ])
@@ -133,9 +115,9 @@ def _tree(task: Task, random_: random.Random) -> str:
         for slot, piece in (_chinese if language == "zh" else _english)(sentence[:1000]):
             pieces[slot].append(piece)
     pieces["u"], pieces["c"] = pieces["t"], pieces["s"] or pieces["c"]
-    best, weaker = (random_.choices(templates.split("|"), k=20) for templates in _TEMPLATES[language])
+    best, weaker = (random_.choices(_SAYINGS[language][templates], k=20) for templates in ("good", "weak"))
     good = random_.random() < (0.97 if task.fixed == as_text(task.prompts.cst_messages("")[:-1]) else 0.06)
-    question = _TEMPLATES[language][1].rpartition("|")[2]
+    question = _SAYINGS[language]["weak"][-1]
     for template in [*best, *weaker] if good else weaker:
         values = {slot: random_.choice(found or [""]) for slot, found in pieces.items() if f"{{{slot}}}" in template}
         if all(values.values()) and not any(one in other for one, other in itertools.permutations(values.values(), 2)):
@@ -213,7 +195,7 @@ def _answer(task: Task) -> str:
             break
         if sentence and not mentions_text(sentence, context, question):
             chosen.append(sentence)
-    answer = ("" if language == "zh" else " ").join(sorted(chosen, key=said.index)) or _NO_ANSWER[language]
+    answer = ("" if language == "zh" else " ").join(sorted(chosen, key=said.index)) or _SAYINGS[language]["no_answer"]
     return answer[0].upper() + re.sub("[，；：、,;:]$", "。" if language == "zh" else ".", answer[1:])
 
 

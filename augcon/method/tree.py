@@ -34,17 +34,6 @@ _LARGEST_HALF = 0.9
 _SMALLEST_SHARE = 0.25  # of min_length
 
 
-@dataclasses.dataclass(frozen=True)
-class _Spot:
-    """Where a tree has grown to: a context not yet asked, its length and words, and its share of the root's length."""
-
-    context: str
-    size: int
-    words: list[str]
-    path: str
-    share: float
-
-
 async def grow_tree(
     ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
 ) -> list[Node]:
@@ -53,14 +42,14 @@ async def grow_tree(
     ``pass_number`` draws fresh samples. Raises what ``ask`` raises, except Refused, which ends a node.
     """
 
-    async def grow(spot: _Spot) -> list[Node]:
-        node = functools.partial(Node, root.root, pass_number, spot.path, spot.context)
-        if spot.size < rules.min_length:
+    async def grow(context: str, size: int, cut: list[str], path: str, share: float) -> list[Node]:
+        node = functools.partial(Node, root.root, pass_number, path, context)
+        if size < rules.min_length:
             return [node(None, "too short")]
-        if spot.share < _SMALLEST_SHARE * rules.min_length:
+        if share < _SMALLEST_SHARE * rules.min_length:
             return [node(None, "too short", "share of the root used up")]
         request = Request(
-            prompts.cst_messages(spot.context),
+            prompts.cst_messages(context),
             rules.query_temperature,
             rules.query_max_tokens,
             sample=pass_number * rules.tries,
@@ -72,18 +61,17 @@ async def grow_tree(
             return [node(None, "failed" if asked.refused else "not parseable", asked.reason, asked.tries)]
         query, halves = asked.value.query, asked.value.halves
         sizes = [length(half) for half in halves]
-        if max(sizes) >= spot.size:
+        if max(sizes) >= size:
             return [node(query, "done", "not shorter", asked.tries)]
         cuts = [words(half) for half in halves]
-        if min(rouge_l_precision(cut, spot.words) for cut in cuts) < rules.rouge_threshold:
+        if min(rouge_l_precision(half, cut) for half in cuts) < rules.rouge_threshold:
             return [node(query, "hallucinated", tries=asked.tries)]
-        shares = [spot.share * min(size / (sum(sizes) or 1), _LARGEST_HALF) for size in sizes]
-        below = map(_Spot, halves, sizes, cuts, (f"{spot.path}1", f"{spot.path}2"), shares)
-        first, second = await asyncio.gather(*map(grow, below))
+        shares = [share * min(half / (sum(sizes) or 1), _LARGEST_HALF) for half in sizes]
+        first, second = await asyncio.gather(*map(grow, halves, sizes, cuts, (f"{path}1", f"{path}2"), shares))
         return [node(query, "done", tries=asked.tries), *first, *second]
 
-    context = root.text.strip()
-    return await grow(_Spot(context, root.length, words(context), "", root.length))
+    whole = root.text.strip()
+    return await grow(whole, root.length, words(whole), "", root.length)
 
 
 @dataclasses.dataclass(frozen=True)
