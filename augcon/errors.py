@@ -4,14 +4,22 @@ import functools
 import sys
 from collections.abc import Callable
 
+from pydantic import ValidationError
+
 
 class UserError(Exception):
     """The run cannot go on and the message tells the user why and what to do; no traceback is needed."""
 
 
 def one_line(error: object, limit: int = 300) -> str:
-    """The text of an exception, folded to one line of at most ``limit`` characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """The text of an exception (of pydantic's, the first fault) in one line of at most ``limit`` characters."""
+    text = str(error)
+    if isinstance(error, ValidationError):
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        value = f" = {fault['input']!r:.80}" if where and fault["type"] != "missing" else ""
+        text = f"{where}{value}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

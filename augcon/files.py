@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
 from augcon.errors import UserError, one_line
 
@@ -104,11 +104,7 @@ def _reading(path: Path, made_by: str) -> Iterator[None]:
     except Exception as error:  # the datasets library raises many kinds
         if not path.exists():
             raise UserError(f"there is no {path}; run {made_by} first") from error
-        reason = one_line(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = " ".join([*map(str, first["loc"]), first["msg"]])
-        raise UserError(f"cannot read {path} ({reason}); remove it and run {made_by} again") from error
+        raise UserError(f"cannot read {path} ({one_line(error)}); remove it and run {made_by} again") from error
 
 
 def digest(*parts: object) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
 
 from augcon.data import Example, Message
 from augcon.errors import UserError, one_line
@@ -230,11 +230,6 @@ def load_prompts(language: Language) -> Prompts:
     path = prompts_file(language)
     try:
         return Prompts.model_validate({**tomllib.loads(path.read_text("utf-8")), "language": language})
-    except ValidationError as error:
-        first = error.errors()[0]
-        value = "" if first["type"] == "missing" else f" = {first['input']!r:.80}"
-        reason = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}{value}: {reason}") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as prompts: {one_line(error)}") from error
 
