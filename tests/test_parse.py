@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from augcon.data import Grades, Split
 from augcon.text.parse import (
-    GRADE_LABELS,
     Unparseable,
     bare_answer,
     parse_grade,
@@ -239,7 +238,7 @@ def test_what_a_model_repeats_without_end_does_not_hang(repeated):
             with contextlib.suppress(Unparseable):
                 parse(reply, ZH)
     for judged in (run, f"评分：8{run}x", f"相关性：4{run}准确性：5{run}满意度{run}3{run}x", f"结论{run}一更好{run}x"):
-        for parse in (lambda said, _: parse_grade(said, GRADE_LABELS), parse_grades, parse_verdict):
+        for parse in (parse_grade, parse_grades, parse_verdict):
             with contextlib.suppress(Unparseable):
                 parse(judged, ZH)
 
@@ -300,7 +299,7 @@ def test_words_that_only_begin_like_a_label_stay(answer: str):
     ],
 )
 def test_a_grade_is_read(reply: str, grade: int):
-    assert parse_grade(reply, GRADE_LABELS) == grade
+    assert parse_grade(reply, ZH) == grade
 
 
 @pytest.mark.parametrize(
@@ -313,13 +312,13 @@ def test_a_grade_is_read(reply: str, grade: int):
 )
 def test_anything_else_is_no_grade(reply: str):
     with pytest.raises(Unparseable):
-        parse_grade(reply, GRADE_LABELS)
+        parse_grade(reply, ZH)
 
 
 @given(st.text(max_size=60))
 def test_a_grade_is_in_its_range_and_made_of_the_reply_s_only_number(reply: str):
     try:
-        grade = parse_grade(reply, GRADE_LABELS)
+        grade = parse_grade(reply, ZH)
     except Unparseable:
         return
     assert 1 <= grade <= 10 and str(grade) in unicodedata.normalize("NFKC", reply)

@@ -34,10 +34,6 @@ class Asked(BaseModel):
     max_tokens: int | None = None
     stop: list[str] = []
 
-    def tokens(self) -> int:
-        """The length of the prompt: a token is a unit of AugCon's here."""
-        return length(self.prompt if isinstance(self.prompt, str) else as_text(self.prompt))
-
 
 def cut(reply: str, stops: list[str], max_tokens: int | None) -> tuple[str, str, int]:
     """What a model would have written up to a stop string or the limit, the finish reason, the tokens."""
@@ -70,7 +66,8 @@ class Engine:
         self.requests += 1
         written, finish, tokens = cut(reply, asked.stop, asked.max_tokens)
         choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
-        usage = {"prompt_tokens": asked.tokens(), "completion_tokens": tokens}
+        prompt = asked.prompt if isinstance(asked.prompt, str) else as_text(asked.prompt)
+        usage = {"prompt_tokens": length(prompt), "completion_tokens": tokens}
         response = {
             "id": f"augcon-{self.requests}",
             "object": "chat.completion" if chat else "text_completion",

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from augcon.data import Answer, Ask, Example, Query, Request
 from augcon.method.ask import ask_until_parsed
 from augcon.text.checks import parse_answer
-from augcon.text.parse import GRADE_LABELS, bare_answer, parse_grade
+from augcon.text.parse import bare_answer, parse_grade
 from augcon.text.prompts import Prompts
 from augcon.text.units import Language, language
 
@@ -119,8 +119,7 @@ async def try_examples(
     messages = prompts.grade_messages(example.context, example.question, example.answer, answer.value)
     end, pattern = prompts.end_of_reply(), prompts.grade_pattern()
     request = Request(messages, 0, rules.answer_max_tokens, text_end=end, pattern=pattern)
-    labels = (prompts.labels.grade, *GRADE_LABELS)
-    grade = await ask_until_parsed(ask, request, rules.tries, lambda reply: parse_grade(reply, labels))
+    grade = await ask_until_parsed(ask, request, rules.tries, lambda reply: parse_grade(reply, prompts))
     return Graded(answer.value, grade.value, grade.reason)
 
 

@@ -32,21 +32,18 @@ async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callab
 
     Raises what ``ask`` raises, except Refused.
     """
-    reason, text = "never asked", ""
-    for attempt in range(tries):
-        if attempt:  # a fresh sample, without stop strings: one of them may have cut the reply short
-            warm = request.temperature or WARMER
-            request = dataclasses.replace(request, sample=request.sample + 1, end=(), temperature=warm)
+    asked: Asked[Parsed] = Asked(None, 0, "never asked")
+    for attempt in range(1, tries + 1):
         try:
             reply = await ask(request)
-        except Refused as error:
-            return Asked(None, attempt, str(error), text, refused=True)
-        text = reply.text
-        if not reply.complete:
-            reason = "cut off"
-            continue
-        try:
-            return Asked(parse(text), attempt + 1, reply=text)
+            if reply.complete:
+                return Asked(parse(reply.text), attempt, reply=reply.text)
+            asked = Asked(None, attempt, "cut off", reply.text)
         except Unparseable as error:
-            reason = str(error)
-    return Asked(None, tries, reason, text)
+            asked = Asked(None, attempt, str(error), reply.text)
+        except Refused as error:
+            return dataclasses.replace(asked, reason=str(error), refused=True)
+        # A fresh sample, without stop strings: one of them may have cut the reply short.
+        warm = request.temperature or WARMER
+        request = dataclasses.replace(request, sample=request.sample + 1, end=(), temperature=warm)
+    return asked

@@ -7,20 +7,19 @@ begins at the first line after the part before that starts with its label.
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
 
 from augcon.data import Grades, Split
 from augcon.text.prompts import Prompts
 from augcon.text.units import clean
 
 SHORTEST_QUESTION = 5  # characters
-GRADE_LABELS = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
 
 # Labels that models put in place of ours, in either language.
 _QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
 _HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Text|Half)"
 _NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
 _ANSWER = ("答案", "回答", "答", "Answer")
+_GRADE = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
 _IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?+"  # before and after a grade
 
 
@@ -59,9 +58,10 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
     return visible
 
 
-def parse_grade(reply: str, labels: Sequence[str]) -> int:
+def parse_grade(reply: str, prompts: Prompts) -> int:
     """The grade from 1 to 10 that a reply consists of, with or without label, markup, "分", "/10". Else Unparseable."""
-    return int(_whole(rf"(?:(?:{_any_of(*labels)}){_IS})?([1-9]|10){_OF.format(10)}", reply, "no grade")[1])
+    label = _any_of(prompts.labels.grade, *_GRADE)
+    return int(_whole(rf"(?:(?:{label}){_IS})?([1-9]|10){_OF.format(10)}", reply, "no grade")[1])
 
 
 def parse_grades(reply: str, prompts: Prompts) -> Grades:
