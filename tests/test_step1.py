@@ -255,7 +255,7 @@ def test_ctrl_c_ends_at_once_without_a_traceback(corpus: Path, tmp_path: Path):
 
 
 def test_two_runs_do_not_share_a_folder(corpus: Path, tmp_path: Path):
-    server = demo_engine(latency=0.2)
+    server = demo_engine(latency=2)  # so that the first is not done when the second starts
     try:
         first = start("step1_gen_q.py", "--api-base", server.api, "--corpus", corpus, "--results", tmp_path / "r")
         while server.metric("vllm:request_success_total") < 2:
