@@ -18,7 +18,8 @@ from augcon.errors import UserError, stage
 from augcon.files import read_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
-from augcon.method.judging import SCORES, JudgeRules, Mean, coins, compare, grade, means_of
+from augcon.method.answers import AnswerRules
+from augcon.method.judging import SCORES, Mean, coins, compare, grade, means_of
 from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import prompts_for
@@ -75,7 +76,7 @@ def read_outputs(settings: Settings, results: Results) -> dict[str, list[Pair]]:
 
 async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence[Pair]]) -> Judgement:
     """Has every answer graded, and of two folders the answers compared."""
-    rules, window = pick(JudgeRules, settings), 2 * settings.max_in_flight
+    rules, window = pick(AnswerRules, settings), 2 * settings.max_in_flight
     folders = list(outputs.values())
     questions = [pair.question for pair in folders[0]]
     swapped = coins(len(questions), settings.seed)

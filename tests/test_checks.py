@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from augcon.data import Example
+from augcon.data import Example, Query
 from augcon.text.checks import is_refusal, mentions_text, parse_answer
 from augcon.text.parse import Unparseable
 from augcon.text.prompts import load_prompts
@@ -17,7 +17,7 @@ QUESTION = "蜂蜡布应该怎样清洗？"
 def fault(reply: str, question: str = QUESTION, context: str = CONTEXT, shown=()) -> str:
     """What is wrong with an answer; empty when nothing is."""
     try:
-        parse_answer(reply, context, question, ZH, shown)
+        parse_answer(reply, Query("", 0, context, question), ZH, shown)
     except Unparseable as error:
         return str(error)
     return ""
@@ -207,7 +207,7 @@ def test_what_someone_in_the_context_says_is_no_refusal():
 @given(st.text(max_size=200), st.sampled_from(["根据文本，", "文中提到，", "The text says "]))
 def test_no_reply_breaks_the_checks_and_a_plain_mention_is_never_let_through(said: str, mention: str):
     try:
-        answer = parse_answer(said, "", "问什么？", ZH)
+        answer = parse_answer(said, Query("", 0, "", "问什么？"), ZH)
     except Unparseable:
         return
     assert answer.strip() == answer and answer

@@ -18,7 +18,7 @@ from datasets import load_from_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon.data import Example
+from augcon.data import Example, Query
 from augcon.demo.engine import MODEL, cut
 from augcon.demo.rules import halve, recognise, reply_to
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
@@ -265,7 +265,7 @@ def test_answers_to_its_own_questions_pass_the_checks(prompts):
         for seed in range(9):
             asked = question(example.context, seed, prompts)
             reply = reply_to(prompts.answer_messages(examples[:3], example.context, asked), seed)
-            assert parse_answer(reply, example.context, asked, prompts, examples[:3]) == reply
+            assert parse_answer(reply, Query("", 0, example.context, asked), prompts, examples[:3]) == reply
             assert not re.search("没有更多|nothing more", reply)
 
 

@@ -15,14 +15,15 @@ from scripted_server import ScriptedServer, says
 
 from augcon.data import Grades, Pair, Refused, Reply, Request
 from augcon.demo.rules import reply_to
-from augcon.method.judging import JudgeRules, Mean, coins, compare, grade, mean_of, means_of
+from augcon.method.answers import AnswerRules
+from augcon.method.judging import Mean, coins, compare, grade, mean_of, means_of
 from augcon.ordered import map_in_order
 from augcon.text.parse import parse_grades, parse_verdict
 from augcon.text.prompts import load_prompts
 from judge import plot
 
 ZH, EN = load_prompts("zh"), load_prompts("en")
-RULES = JudgeRules(tries=3)
+RULES = AnswerRules(tries=3)
 
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=200), st.integers(0, 99))

@@ -129,10 +129,7 @@ async def answer_query(
     """Answers a query from its context, asked again until nothing is wrong. Raises UserError as ``ask``."""
     request = _request(prompts, shown, query.context, query.text, rules)
     answer = await ask_until_parsed(
-        ask,
-        request,
-        rules.answer_tries,
-        lambda reply: parse_answer(reply, query.context, query.text, prompts, shown),
+        ask, request, rules.answer_tries, lambda reply: parse_answer(reply, query, prompts, shown)
     )
     return Answer(query, answer.value, answer.tries, answer.reason, "" if answer.value else answer.reply)
 

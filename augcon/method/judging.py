@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from augcon.data import Ask, Grades, Pair, Request
+from augcon.method.answers import AnswerRules
 from augcon.method.ask import ask_until_parsed
 from augcon.text.parse import parse_grades, parse_verdict
 from augcon.text.prompts import Prompts
@@ -15,15 +16,7 @@ RESAMPLES = 10_000
 SCORES = ("satisfaction", "relevance", "accuracy")
 
 
-@dataclasses.dataclass(frozen=True)
-class JudgeRules:
-    """How the judge is asked; see the settings of the same names."""
-
-    answer_max_tokens: int = 4096
-    tries: int = 4
-
-
-async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: JudgeRules) -> Grades | str:
+async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: AnswerRules) -> Grades | str:
     """The grades of an answer, or the reason why there are none."""
     messages = prompts.judge_messages(pair.question, pair.answer)
     request = Request(messages, 0, rules.answer_max_tokens, pattern=prompts.judge_pattern())
@@ -35,7 +28,9 @@ def coins(number: int, seed: int) -> list[bool]:
     return random.Random(seed).choices((True, False), k=number)
 
 
-async def compare(ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped: bool, rules: JudgeRules) -> int | str:
+async def compare(
+    ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped: bool, rules: AnswerRules
+) -> int | str:
     """Which of two answers to a question is better: 0, 1, or 2 for neither; or the reason why that is not known.
 
     ``swapped`` shows the second answer first.

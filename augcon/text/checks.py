@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from rapidfuzz.distance import Indel
 
-from augcon.data import Example
+from augcon.data import Example, Query
 from augcon.text.parse import Unparseable, bare_answer
 from augcon.text.prompts import Prompts, all_checks, disarm
 from augcon.text.units import cjk_and_latin, language
@@ -12,20 +12,20 @@ from augcon.text.units import cjk_and_latin, language
 ALIKE = 0.9  # from this similarity by characters on, an answer counts as copied
 
 
-def parse_answer(reply: str, context: str, question: str, prompts: Prompts, shown: Sequence[Example] = ()) -> str:
+def parse_answer(reply: str, query: Query, prompts: Prompts, shown: Sequence[Example] = ()) -> str:
     """The answer in a reply. Raises Unparseable if it is no use by itself; ``shown`` are the prompt's examples."""
-    answer = bare_answer(reply, question, prompts)
+    answer = bare_answer(reply, query.text, prompts)
     if disarm(answer) != answer:
         raise Unparseable("control mark")
-    if mentions_text(answer, context, question):
+    if mentions_text(answer, query.context, query.text):
         raise Unparseable("speaks of the text")
-    if is_refusal(answer, context):
+    if is_refusal(answer, query.context):
         raise Unparseable("refusal")
-    if _in_wrong_language(answer, question):
+    if _in_wrong_language(answer, query.text):
         raise Unparseable("wrong language")
     for example in shown:
         alike = Indel.normalized_similarity(answer, example.answer, score_cutoff=ALIKE)
-        if alike and question != example.question:
+        if alike and query.text != example.question:
             raise Unparseable("answer of an example")
     return answer
 
