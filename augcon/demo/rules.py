@@ -87,7 +87,7 @@ def _prompts_of(language: text.Language, _changed: int) -> Prompts:
 def halve(context: str, second_best: bool) -> tuple[str, str]:
     """Cuts a text near its middle: at the end of a sentence or line, else of a clause, else between words.
 
-    ``second_best`` takes the next cut if there is one not far off. Both halves are shorter than the text and made
+    ``second_best`` takes the next best cut if it is not far off. Both halves are shorter than the text and made
     of its words; where there is no such cut, the second half is empty.
     """
     context = context.strip()
@@ -135,9 +135,9 @@ _ZH_UNFIT = re.compile(  # what depends on words before it, asks, or is unfinish
 )
 
 
-@functools.lru_cache(maxsize=2**15)  # a tree repeats its sentences level by level
+@functools.lru_cache(maxsize=2**15)  # a tree repeats its sentences on every level
 def _chinese(sentence: str) -> list[tuple[str, str]]:
-    """What a sentence has for the slots of templates."""
+    """What a sentence offers for the slots of the templates."""
     from jieba import posseg  # takes a second
 
     pieces = []
@@ -182,7 +182,7 @@ def _english(sentence: str) -> list[tuple[str, str]]:
 
 
 def _answer(task: Task) -> str:
-    """The sentences that bear on the question, about as long together as the answers shown."""
+    """The sentences that bear on the question, together about as long as the answers shown."""
     context, question = task.parts(task.prompts.labels.question)
     language, asked = text.language(question), _content(question)
     turns = task.fixed.split(f"\n\n{task.prompts.line(task.prompts.labels.question, '')}")[1:]

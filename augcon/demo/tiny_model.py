@@ -18,7 +18,7 @@ _CHATML = (
 
 
 class Family(NamedTuple):
-    """A family of models: its architecture in Transformers, its special tokens, and what they and its template are."""
+    """A family of models: its architecture in Transformers, its special tokens and their roles, its chat template."""
 
     architecture: str
     special: str
@@ -65,10 +65,8 @@ def make_tiny_model(
 
 
 if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a user has no part in its kernels
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its kernels are no concern of the user
     from datasets import load_from_disk
 
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m augcon.demo.tiny_model FOLDER")
     bundled = load_from_disk(Path(__file__).parents[2] / "DailyM")["train"]
     make_tiny_model(Path(sys.argv[1]), filter(None, bundled["article"]))

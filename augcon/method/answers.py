@@ -24,12 +24,12 @@ class AnswerRules:
     tries: int = 4  # of a grade
 
 
-Trial = tuple[int, int]  # the number of a set of examples, and that of an example that it leaves out
+Trial = tuple[int, int]  # the number of a set of examples, and of an example that is not in it
 
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """The answer to the example that a trial leaves out, and its grade. Where one is None, ``detail`` says why."""
+    """An answer to the example that a trial leaves out, and its grade. If either is None, ``detail`` says why."""
 
     answer: str | None
     grade: int | None
@@ -40,7 +40,7 @@ class Graded:
 class Search:
     """The random search over sets of examples for the queries of one language.
 
-    ``sets`` are the candidates, as places in ``examples``, in the order drawn; a single one leaves nothing to search.
+    ``sets`` are the candidates in the order drawn, as places in ``examples``. With a single one, nothing is searched.
     """
 
     language: Language
@@ -50,7 +50,7 @@ class Search:
     graded: dict[Trial, Graded] = dataclasses.field(default_factory=dict)
 
     def trials(self) -> list[Trial]:
-        """Every set with every example that it leaves out; none where there is no choice."""
+        """Every set with every example that is not in it; none if there is only one set."""
         numbers = range(len(self.examples)) if len(self.sets) > 1 else ()
         return [(candidate, n) for candidate, chosen in enumerate(self.sets) for n in numbers if n not in chosen]
 
@@ -59,18 +59,18 @@ class Search:
         return [self.examples[n] for n in self.sets[candidate]]
 
     def mean(self, candidate: int) -> float | None:
-        """The mean grade of a set; None where fewer than half of its answers are graded."""
+        """The mean grade of a set; None if fewer than half of its answers are graded."""
         every = [graded.grade for _, graded in self._graded(candidate)]
         grades = [grade for grade in every if grade is not None]
         return statistics.fmean(grades) if grades and 2 * len(grades) >= len(every) else None
 
     @property
     def winner(self) -> int:
-        """The set with the best mean; of equals, and where none has a mean, the first drawn."""
+        """The set with the best mean. Among equals, or if none has a mean, it is the first drawn."""
         return max(range(len(self.sets)), key=lambda candidate: self.mean(candidate) or 0)
 
     def table(self) -> dict[str, object]:
-        """All of it, for reading."""
+        """The whole search as a table to read."""
         sets = [
             {
                 "examples": chosen,
@@ -106,9 +106,9 @@ def plan_search(examples: Sequence[Example], of: Language, shown: int, candidate
 async def try_examples(
     ask: Ask, prompts: Prompts, shown: Sequence[Example], example: Example, rules: AnswerRules
 ) -> Graded:
-    """Answers an example that is not shown and grades that against the human answer. Raises UserError as ``ask``.
+    """Answers an example that is not shown, and grades that against the human answer. Raises what ``ask`` raises.
 
-    Apart from an empty answer, what is wrong with one is left to the grade.
+    Faults of the answer are left to the grade, unless it is empty.
     """
     request = _request(prompts, shown, example.context, example.question, rules)
     answer = await ask_until_parsed(
@@ -126,7 +126,7 @@ async def try_examples(
 async def answer_query(
     ask: Ask, prompts: Prompts, shown: Sequence[Example], query: Query, rules: AnswerRules
 ) -> Answer:
-    """Answers a query from its context, asked again until nothing is wrong. Raises UserError as ``ask``."""
+    """Answers a query from its context, asking again until an answer passes. Raises what ``ask`` raises."""
     request = _request(prompts, shown, query.context, query.text, rules)
     answer = await ask_until_parsed(
         ask, request, rules.answer_tries, lambda reply: parse_answer(reply, query, prompts, shown)

@@ -8,12 +8,12 @@ from augcon.data import Ask, Refused, Request
 from augcon.text.parse import Unparseable
 
 Parsed = TypeVar("Parsed")
-WARMER = 0.7  # the temperature of further tries where the first has none: at 0 the same reply would come again
+WARMER = 0.7  # the temperature of further tries if the first was at 0, where the same reply would come again
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Asked(Generic[Parsed]):
-    """What asking came to. ``tries`` counts the replies, ``reply`` is the last; ``refused``: there will be none."""
+    """What came of asking. ``tries`` counts the replies and ``reply`` is the last; ``refused``: there will be none."""
 
     value: Parsed | None
     tries: int
@@ -28,7 +28,7 @@ class Asked(Generic[Parsed]):
 
 
 async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Asked[Parsed]:
-    """What ``parse`` makes of the reply. While it raises Unparseable, a fresh sample is asked for, ``tries`` in all.
+    """What ``parse`` makes of the reply. If it raises Unparseable, another sample is asked for, up to ``tries`` in all.
 
     Raises what ``ask`` raises, except Refused.
     """
@@ -43,7 +43,7 @@ async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callab
             asked = Asked(None, attempt, str(error), reply.text)
         except Refused as error:
             return dataclasses.replace(asked, reason=str(error), refused=True)
-        # A fresh sample, without stop strings: one of them may have cut the reply short.
+        # Another sample, without stop strings: one of them may have cut the reply short.
         warm = request.temperature or WARMER
         request = dataclasses.replace(request, sample=request.sample + 1, end=(), temperature=warm)
     return asked

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from augcon.data import Article, RootContext
 from augcon.text.units import CHARACTERS_PER_UNIT, length, paragraphs, sentences, size, units
 
-SHORT = 20  # a context under this length would bear no query (the paper's λ): avoided where possible
+SHORT = 20  # a shorter context yields no query (the paper's λ), so it is avoided where possible
 _MID_PARAGRAPH = 1.0  # cost of a cut inside a paragraph, in units of one empty context
 _TOO_SHORT = 2.0
 
@@ -18,7 +18,7 @@ def split_article(article: str, max_length: int) -> list[str]:
 
     Cuts fall at the ends of paragraphs, else of sentences, and inside a sentence only if it is too long. They are
     chosen together, as a typesetter breaks a paragraph into lines: few and evenly filled contexts, whole paragraphs
-    where possible, none too short to bear a query.
+    where possible, none too short to yield a query.
     """
     pieces = _pieces(article, max_length)
     sizes = list(map(size, pieces))
@@ -43,7 +43,7 @@ def split_article(article: str, max_length: int) -> list[str]:
 
 
 def _pieces(article: str, max_length: int) -> list[str]:
-    """What is not cut further: sentences, or parts of those that are too long; the tiniest glued together."""
+    """What is not cut further: sentences, or parts of very long ones; tiny ones are joined."""
     pieces: list[str] = []
     tiny, fine = min(SHORT, max_length // 25), max(1, max_length // 10)
     for sentence in itertools.chain.from_iterable(map(sentences, paragraphs(article))):
@@ -56,7 +56,7 @@ def _pieces(article: str, max_length: int) -> list[str]:
 
 
 def _hard_cut(sentence: str, fine: int) -> Iterator[str]:
-    """Cuts a sentence between its units into parts of about ``fine``, among whose ends the cuts are chosen."""
+    """Cuts a sentence between units into parts of about ``fine``, small enough to choose good cuts among."""
     run = re.compile(rf"\s*\S{{1,{fine * CHARACTERS_PER_UNIT}}}\s*")
     pieces = [piece for unit in units(sentence) for piece in run.findall(unit)]
     before = itertools.accumulate(map(size, pieces), initial=0)

@@ -26,7 +26,7 @@ def _cut(query: str) -> str:
 
 
 def _words_at(threshold: float, cut: str) -> int:
-    """The number of words that makes up at least this part of a query."""
+    """The fewest words that make up this part of a query."""
     return math.ceil(threshold * len(cut) - 1e-9)
 
 
@@ -39,7 +39,7 @@ class DiverseQueries:
         self._cut: list[str] = []
 
     def offer(self, query: str) -> bool:
-        """Keeps the query if it is diverse enough; says whether it was kept. Without words, it is not."""
+        """Keeps the query if it is diverse enough, and says whether it did. One without words is not kept."""
         cut = _cut(query)
         at_least = _words_at(self.threshold, cut)
         if not cut or process.extractOne(cut, self._cut, scorer=LCSseq.similarity, score_cutoff=at_least):
@@ -56,7 +56,7 @@ class DiverseQueries:
 
 
 class Sweep:
-    """All queries kept so far, to find what is nearly the same elsewhere in the corpus (AugCon's own).
+    """All queries kept so far, to find near-duplicates across the corpus (AugCon's own addition).
 
     Two queries are alike when the ROUGE-L precision of each against the other is at least ``threshold``. They share
     that part of their words, so among the few rarest of each is one that both have; only such pairs are compared.
@@ -74,13 +74,13 @@ class Sweep:
         return nearest is not None and nearest[1] >= self.threshold - 1e-9
 
     def add(self, query: str) -> None:
-        """Takes a query that is kept."""
+        """Adds a query that is kept."""
         cut = _cut(query)
         for word in set(self._rarest(cut)):
             self._with_word[word].append(cut)
 
     def _rarest(self, cut: str) -> str:
-        """One word more than two alike may differ in. A word seen late is a rare one: the highest characters."""
+        """One word more than alike queries may differ in. A word first seen late is rare, and is a high character."""
         return "".join(sorted(cut, reverse=True)[: len(cut) - _words_at(self.threshold, cut) + 1])
 
 

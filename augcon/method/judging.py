@@ -24,14 +24,14 @@ async def grade(ask: Ask, prompts: Prompts, pair: Pair, rules: AnswerRules) -> G
 
 
 def coins(number: int, seed: int) -> list[bool]:
-    """Whether to swap the two answers to each of ``number`` questions, at random: judges prefer places."""
+    """Whether to swap the two answers to each of ``number`` questions, at random, since judges favour one place."""
     return random.Random(seed).choices((True, False), k=number)
 
 
 async def compare(
     ask: Ask, prompts: Prompts, first: Pair, second: Pair, swapped: bool, rules: AnswerRules
 ) -> int | str:
-    """Which of two answers to a question is better: 0, 1, or 2 for neither; or the reason why that is not known.
+    """Which of two answers to a question is better (0, 1, or 2 for neither), or why that is not known.
 
     ``swapped`` shows the second answer first.
     """

@@ -12,6 +12,7 @@ from augcon.ordered import map_in_order
 from augcon.text.parse import parse_question
 from augcon.text.prompts import Prompts
 
+PromptsFor = Callable[[int], Prompts]  # the prompts for a root context by its number
 NEGATIVES: dict[str, dict[str, Any]] = {  # what is weaker in the prompt; see ``Prompts.cst_messages``
     "weak instruction": {"weak": True},
     "one example": {"examples": 1},
@@ -22,17 +23,16 @@ _BALANCED = 0.8
 
 async def make_pairs(
     ask: Ask,
-    prompts_for: Callable[[int], Prompts],
+    prompts_for: PromptsFor,
     queries: Sequence[Query],
     negatives: int,
     rules: TreeRules,
     seed: int,
     window: int,
 ) -> AsyncIterator[ScorerPair | str]:
-    """Pairs each of some queries with a worse one; or says why a query makes no pair.
+    """Pairs queries with worse ones, or says why a query makes no pair.
 
-    Each kind of negative has a third of the queries to draw from, in random order, until it has ``negatives`` pairs.
-    ``prompts_for`` gives the prompts for a root context by its number.
+    Each kind of negative draws from its third of the queries, in random order, until it has ``negatives`` pairs.
     """
     order = random.Random(seed).sample(queries, len(queries))
     third = len(order) // len(NEGATIVES)
@@ -46,9 +46,7 @@ async def make_pairs(
                 yield outcome
 
 
-async def _make_pair(
-    ask: Ask, prompts_for: Callable[[int], Prompts], rules: TreeRules, kind: str, query: Query
-) -> ScorerPair | str:
+async def _make_pair(ask: Ask, prompts_for: PromptsFor, rules: TreeRules, kind: str, query: Query) -> ScorerPair | str:
     prompts = prompts_for(query.root)
     request = Request(
         prompts.cst_messages(query.context, **NEGATIVES[kind]),
@@ -66,7 +64,7 @@ async def _make_pair(
 
 
 def balance(made: Mapping[str, Sequence[ScorerPair]]) -> list[ScorerPair]:
-    """As many pairs of each kind, unless one has so few that this would throw away much of the others."""
+    """Equally many pairs of each kind, unless one has so few that too many of the others would be lost."""
     sizes = [len(pairs) for pairs in made.values()]
     most = min(sizes) if min(sizes) >= _BALANCED * max(sizes) else max(sizes)
     return [pair for pairs in made.values() for pair in pairs[:most]]
@@ -81,7 +79,7 @@ class Reservoir:
         self._random = random.Random(seed)
 
     def offer(self, query: Query) -> None:
-        """Takes the next query of the stream."""
+        """Offers the next query of the stream."""
         self.offered += 1
         if len(self.kept) < self.size:
             self.kept.append(query)

@@ -37,7 +37,7 @@ _SMALLEST_SHARE = 0.25  # of min_length
 async def grow_tree(
     ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, pass_number: int = 0
 ) -> list[Node]:
-    """Grows one tree over a root context, both halves of every node at once; the nodes in the order of their paths.
+    """Grows one tree over a root context, both halves of every node at once. The nodes come in order of their paths.
 
     ``pass_number`` draws fresh samples. Raises what ``ask`` raises, except Refused, which ends a node.
     """
@@ -76,10 +76,7 @@ async def grow_tree(
 
 @dataclasses.dataclass(frozen=True)
 class Grown:
-    """All trees over one root context, the last ``refills`` of them grown because step 2 left it short.
-
-    ``diverse`` counts its mutually diverse queries.
-    """
+    """All trees over one root context, the last ``refills`` of them for step 2. ``diverse`` counts diverse queries."""
 
     root: RootContext
     nodes: list[Node]
@@ -100,14 +97,11 @@ class Grown:
             return ""
         if any(node.query for node in self.nodes):
             return f"{self.diverse} of {self.root.quota} diverse queries after {self.passes} passes"
-        return ", ".join(Counter(node.outcome for node in self.nodes)) or "nothing to ask"
+        return ", ".join(Counter(node.outcome for node in self.nodes))
 
 
 async def fill_root(ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, refills: int = 0) -> Grown:
-    """Grows trees until they hold ``oversample`` quotas of mutually diverse queries, or ``max_passes``.
-
-    Then ``refills`` trees more, for a root context that step 2 left short.
-    """
+    """Grows trees up to ``oversample`` quotas of diverse queries or ``max_passes``, then ``refills`` more."""
     diverse = DiverseQueries(rules.rouge_threshold)
     nodes: list[Node] = []
     passes = kept = refilled = 0

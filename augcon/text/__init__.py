@@ -1,2 +1,2 @@
 """Text and nothing else: its units (``units``), the prompts, what a model's reply means (``parse``), and what is wrong
-with an answer (``checks``). Imports only ``augcon.data`` and ``augcon.errors``."""
+with an answer (``checks``). Imports data and errors only."""

@@ -1,4 +1,4 @@
-"""What is wrong with an answer (paper section 3.4). The patterns are in the files of the prompts."""
+"""What is wrong with an answer (paper section 3.4). The patterns are in the prompt files."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from augcon.text.parse import Unparseable, bare_answer
 from augcon.text.prompts import Prompts, all_checks, disarm
 from augcon.text.units import cjk_and_latin, language
 
-ALIKE = 0.9  # from this similarity by characters on, an answer counts as copied
+ALIKE = 0.9  # an answer whose characters are this similar counts as copied
 
 
 def parse_answer(reply: str, query: Query, prompts: Prompts, shown: Sequence[Example] = ()) -> str:
-    """The answer in a reply. Raises Unparseable if it is no use by itself; ``shown`` are the prompt's examples."""
+    """The answer in a reply. Raises Unparseable if it cannot stand alone; ``shown`` are the prompt's examples."""
     answer = bare_answer(reply, query.text, prompts)
     if disarm(answer) != answer:
         raise Unparseable("control mark")
@@ -31,7 +31,7 @@ def parse_answer(reply: str, query: Query, prompts: Prompts, shown: Sequence[Exa
 
 
 def mentions_text(answer: str, context: str, question: str) -> bool:
-    """Whether an answer speaks of the text that it was made from, and not of texts as its subject."""
+    """Whether an answer mentions the text it was made from, other than as its subject."""
     context, question = context.lower(), question.lower()
     for checks in all_checks():
         pointers = (found.group().lower() for pattern in checks.self_references for found in pattern.finditer(answer))

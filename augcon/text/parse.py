@@ -24,7 +24,7 @@ _IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?
 
 
 class Unparseable(Exception):
-    """The reply has no usable content; the message is the reason, in a few words, for counting."""
+    """The reply has no usable content. The message is the reason in a few words, so that reasons can be counted."""
 
 
 def parse_split(reply: str, prompts: Prompts) -> Split:
@@ -36,12 +36,12 @@ def parse_split(reply: str, prompts: Prompts) -> Split:
 
 
 def parse_question(reply: str, prompts: Prompts) -> str:
-    """The query in a reply that may end after it. Raises Unparseable as ``parse_split``."""
+    """The query in a reply that may end right after it. Raises Unparseable if there is none."""
     return _question(_parts(reply, prompts)[0], prompts)
 
 
 def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
-    """The answer without thinking block, repeated question and label. Raises Unparseable if nothing is left."""
+    """The answer without a thinking block, a repeated question or a label. Raises Unparseable if nothing is left."""
     visible = without_thinking(reply).strip()
     if not visible and reply.strip():
         raise Unparseable("thinking not ended")
@@ -59,20 +59,20 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
 
 
 def parse_grade(reply: str, prompts: Prompts) -> int:
-    """The grade from 1 to 10 that a reply consists of, with or without label, markup, "分", "/10". Else Unparseable."""
+    """The grade from 1 to 10 in a reply that says nothing else, markup and "/10" aside. Else raises Unparseable."""
     label = _any_of(prompts.labels.grade, *_GRADE)
     return int(_whole(rf"(?:(?:{label}){_IS})?([1-9]|10){_OF.format(10)}", reply, "no grade")[1])
 
 
 def parse_grades(reply: str, prompts: Prompts) -> Grades:
-    """The three grades that a reply consists of, each with its label, in the order asked for. Else Unparseable."""
+    """The three grades in a reply that says nothing else, labelled and in order. Else raises Unparseable."""
     labels = (re.escape(_plain(label)) for label in prompts.judge.scores)
     grades = r"[\s,;]++".join(rf"{label}{_IS}([1-5]){_OF.format(5)}" for label in labels)
     return Grades(*map(int, _whole(grades, reply, "no three grades").groups()))
 
 
 def parse_verdict(reply: str, prompts: Prompts) -> int:
-    """Which of ``judge.verdicts`` a reply consists of, with or without its label. Else Unparseable."""
+    """Which of ``judge.verdicts`` a reply gives, with or without its label. Else raises Unparseable."""
     label, *verdicts = (_plain(words).casefold() for words in (prompts.judge.verdict, *prompts.judge.verdicts))
     said = _whole(rf"(?:{re.escape(label)}{_IS})?({_any_of(*verdicts)})[.。]*", reply, "no verdict")
     return verdicts.index(said[1].casefold())
@@ -96,14 +96,14 @@ def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
 
 
 def _parts(reply: str, prompts: Prompts) -> list[str]:
-    """What follows the label of the question and those of the halves, as far as they are there."""
+    """What follows the question's label and each half's, up to the first that is missing."""
     text = without_thinking(reply)
     label = _label_line(_any_of(prompts.labels.question, *_QUESTION)).search(text)
     if not label:
         raise Unparseable("no question")
     found = [label]
     for ours, number in zip(prompts.labels.halves, _NUMBER, strict=True):
-        # Another word for a half counts only if ours is missing: the text may hold it too.
+        # Other words for a half count only where ours is missing, since the text may hold them.
         for labels in (_any_of(ours), f"{_HALF} ?{number}"):
             if label := _label_line(labels).search(text, found[-1].end()):
                 found.append(label)
@@ -146,7 +146,7 @@ def _question(written: str, prompts: Prompts) -> str:
 
 
 def _half(written: str) -> str:
-    """A half without what belongs to the form of the reply: marks left open, closing rules, words for "empty"."""
+    """A half without what is not its text: unclosed marks, closing rules, words for "empty"."""
     lines = written.strip().split("\n")
     while lines and re.fullmatch(r"\s*(?:-{3,}|\*{3,}|={3,}|)\s*", lines[-1]):
         lines.pop()

@@ -34,7 +34,7 @@ def length(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """The length where a long run counts more than once: in Thai or base64, a page is a single run."""
+    """The length, but with long runs counted more than once: a page of Thai or base64 is a single run."""
     return sum(1 + (len(unit) - 1) // CHARACTERS_PER_UNIT for unit in _UNIT.findall(text))
 
 
@@ -50,7 +50,7 @@ def cjk_and_latin(text: str) -> tuple[int, int]:
 
 
 def units(text: str) -> list[str]:
-    """The units that ``length`` counts, each with the white space around it; joined, they give back the text."""
+    """The units that ``length`` counts, each with the white space around it. Joined, they give back the text."""
     return _cut(text, [unit.start() for unit in _UNIT.finditer(text)][1:])
 
 
@@ -79,7 +79,7 @@ _ABBREVIATION = re.compile(
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, each with its closing quotes and the white space; joined, they give back the text."""
+    """The sentences of a text, each with its closing quotes and the white space after it."""
     ends = [end.end() for end in _SENTENCE_END.finditer(text) if _ends_sentence(text, end)]
     return [sentence for sentence in _cut(text, ends) if sentence]
 

@@ -54,7 +54,7 @@ class Judge(Instruction):
     compare_instruction: Text
     answers: tuple[Text, Text]
     verdict: Text
-    verdicts: tuple[Text, Text, Text]  # the first is better, the second, neither
+    verdicts: tuple[Text, Text, Text]  # the first is better, the second is, neither is
 
 
 def _compile(pattern: str, info: ValidationInfo) -> re.Pattern[str]:
@@ -112,7 +112,7 @@ class Prompts(_Section):
         return "\n".join(self.line(label, content) for label, content in parts)
 
     def answer_messages(self, examples: Sequence[Example], context: str, question: str) -> list[Message]:
-        """Asks for an answer: I_R with its principles, the examples, then the context and the question."""
+        """Asks for an answer: the instruction, the examples, then the context and the question."""
         turns = []
         for example in examples:
             turns += [self._ask(example.context, example.question), example.answer]
@@ -141,7 +141,7 @@ class Prompts(_Section):
         return r"\n".join([self.question_pattern(), self.line(first, half), self.line(second, f"({half})?")])
 
     def question_pattern(self) -> str:
-        """What such a reply matches that ends after the question."""
+        """What such replies match if they end after the question."""
         longest = 120 if self.language == "zh" else 300
         return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
@@ -158,11 +158,11 @@ class Prompts(_Section):
         return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
 
     def end_of_question(self) -> tuple[str, ...]:
-        """Stop strings after the question, where the halves are not needed."""
+        """Stop strings after the question, for when the halves are not needed."""
         return tuple(f"\n{self.labels.halves[0]}{colon}" for colon in "：:")
 
     def end_of_reply(self) -> tuple[str, ...]:
-        """Stop strings for the completions endpoint, where a model goes on with a further example."""
+        """Stop strings for the completions endpoint, where a model goes on with another example."""
         return (f"\n\n{self._context('')}",)
 
     def cst_digest(self) -> str:
@@ -189,7 +189,7 @@ def _turns(instruction: str, turns: list[str]) -> list[Message]:
 
 
 def _literal(label: str) -> str:
-    """A label as a regular expression; unlike ``re.escape`` it leaves spaces alone, as grammars need."""
+    """A label as a regular expression; unlike ``re.escape``, it leaves spaces alone, as grammars require."""
     return re.sub(r"([^\w\s])", r"\\\1", label)
 
 
@@ -235,5 +235,5 @@ def load_prompts(language: Language) -> Prompts:
 
 
 def all_checks() -> list[Checks]:
-    """The checks of every language: an answer may be in any. Raises UserError as ``load_prompts``."""
+    """The checks of every language: an answer may be in any. Raises UserError like ``load_prompts``."""
     return [load_prompts(language).checks for language in get_args(Language)]
