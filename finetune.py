@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from augcon.data import Pair
-from augcon.errors import UserError, one_line, stage
+from augcon.errors import UserError, stage
 from augcon.files import digest, new_folder, read_lines, write_json
 from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
@@ -170,10 +170,7 @@ def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]])
         "held_out_loss": held_out[-1] if held_out else None,
     }
     write_json(output.log, log)
-    try:
-        sft.draw_losses(log, output.loss_plot)
-    except OSError as error:
-        raise UserError(f"cannot write {output.loss_plot}: {one_line(error)}") from error
+    sft.draw_losses(log, output.loss_plot)
     with new_folder(output.lora) as folder:
         model.save_pretrained(str(folder))
         copy = Record(folder)

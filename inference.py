@@ -55,7 +55,8 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
                 f"the server refused every question ({format_counts(refused)}); if they are too long, "
                 f"lower --answer-max-tokens {settings.answer_max_tokens}"
             )
-        answers = [answer_of(reply) for reply in replies]
+        written = [reply.text if isinstance(reply, Reply) else "" for reply in replies]  # empty where refused
+        answers = [clean(without_thinking(text)).strip() for text in written]
         write_dataset(outputs, {"question": questions, "answer": answers})
         print_outputs(replies, answers)
         print_calls(llm, time.monotonic() - started)
@@ -122,11 +123,6 @@ async def ask_all(settings: Settings, llm: LLM, questions: list[str]) -> list[Re
 
     with bar(len(questions), "answers", "answers") as progress:
         return [reply async for _, reply in map_in_order(ask, questions, 2 * settings.max_in_flight)]
-
-
-def answer_of(reply: Reply | str) -> str:
-    """The answer in a reply; empty where the question was refused."""
-    return clean(without_thinking(reply.text)).strip() if isinstance(reply, Reply) else ""
 
 
 def print_outputs(replies: list[Reply | str], answers: list[str]) -> None:

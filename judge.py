@@ -15,7 +15,7 @@ from pathlib import Path
 
 from augcon.data import Grades, Pair, Reply, Request
 from augcon.errors import UserError, stage
-from augcon.files import read_dataset, write_json, write_lines
+from augcon.files import new_picture, read_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules
@@ -139,22 +139,13 @@ def rows(judged: Judgement) -> Iterator[dict[str, object]]:
 
 def plot(path: Path, means: Mapping[str, Mean]) -> None:
     """One picture: the mean satisfaction with each folder of outputs, with its interval, in the order given."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(max(4.0, 1.6 * len(means)), 4), layout="constrained")
-    ends = [[of.mean - of.low for of in means.values()], [of.high - of.mean for of in means.values()]]
-    axes.errorbar(range(len(means)), [of.mean for of in means.values()], yerr=ends, fmt="o-", capsize=5)
-    for place, of in enumerate(means.values()):
-        axes.annotate(f"{of.mean:.2f}", (place, of.mean), xytext=(7, 4), textcoords="offset points")
-    axes.set_xticks(range(len(means)), list(means), rotation=20 if len(means) > 2 else 0)
-    axes.set_xlim(-0.5, len(means) - 0.5)
-    axes.set_ylabel("satisfaction (1 to 5), mean and 95% interval")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)
+    with new_picture(path, width=max(4.0, 1.6 * len(means))) as axes:
+        ends = [[of.mean - of.low for of in means.values()], [of.high - of.mean for of in means.values()]]
+        axes.errorbar(range(len(means)), [of.mean for of in means.values()], yerr=ends, fmt="o-", capsize=5)
+        for place, of in enumerate(means.values()):
+            axes.annotate(f"{of.mean:.2f}", (place, of.mean), xytext=(7, 4), textcoords="offset points")
+        axes.set_xticks(range(len(means)), list(means), rotation=20 if len(means) > 2 else 0)
+        axes.set(xlim=(-0.5, len(means) - 0.5), ylabel="satisfaction (1 to 5), mean and 95% interval")
 
 
 if __name__ == "__main__":

@@ -53,6 +53,22 @@ def _unfinished(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def new_picture(path: Path, width: float) -> Iterator[Any]:
+    """The axes of a PNG, ``width`` inches wide, that replaces ``path`` once it is drawn; raises as ``new_file``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(width, 4.5), layout="constrained")
+    yield axes
+    axes.spines[["top", "right"]].set_visible(False)
+    with _unfinished(path) as unfinished:
+        figure.savefig(unfinished, dpi=150, format="png")
+    pyplot.close(figure)
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes one JSON value, indented."""
     with new_file(path) as file:

@@ -145,7 +145,7 @@ def test_all_steps_with_a_real_vllm(tmp_path: Path, mark: Mark):
     ]
     (tmp_path / "c.jsonl").write_text("".join(json.dumps({"article": text}) + "\n" for text in texts))
     flags = ["--no-demo", "--model", model, "--corpus", "c.jsonl", "--structured-output", "--max-length", 40]
-    flags += ["--max-passes", 2, "--negatives", 20, "--demonstrations", 2, "--candidates", 2, "--max-refills", 0]
+    flags += ["--max-passes", 2, "--negatives", 20, "--examples-shown", 2, "--candidates", 2, "--max-refills", 0]
     done = run(mark, tmp_path, *flags, "--answer-max-tokens", 200, "--scorer-epochs", 1)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"starting vLLM with {model} on the CPU") == 2 and "DEMONSTRATION" not in done.stdout

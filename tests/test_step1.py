@@ -157,7 +157,7 @@ def test_redo_agrees_to_replace_what_was_made_with_other_settings(engine: Engine
 def test_results_of_an_earlier_version_are_refused_in_one_line(engine: Engine, corpus: Path, tmp_path: Path):
     (tmp_path / "settings.json").write_text("{}")
     refused = run("step1_gen_q.py", "--api-base", engine.api, "--corpus", corpus, "--results", tmp_path)
-    assert says_one_line(refused, "earlier version", "--results", "replies.sqlite")
+    assert says_one_line(refused, "earlier version", "--results")
 
 
 def test_a_setting_that_changes_no_outcome_may_change(engine: Engine, bundled: tuple[Path, str]):

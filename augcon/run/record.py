@@ -39,8 +39,7 @@ class Record:
         """The entries of all stages that were ever begun."""
         if not self.path.exists() and (self.folder / "settings.json").exists():
             raise UserError(
-                f"{self.folder} was made by an earlier version of AugCon; choose another folder with --results "
-                "(a copy of replies.sqlite in it saves the calls that are the same)"
+                f"{self.folder} was made by an earlier version of AugCon; choose another folder with --results"
             )
         return read_json(self.path, dict[str, Stage], "the steps") if self.path.exists() else {}
 

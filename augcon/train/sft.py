@@ -15,6 +15,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from augcon.errors import UserError
+from augcon.files import new_picture
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, load_base, lora
 from augcon.train.chat import TrainingExample
@@ -139,19 +140,11 @@ def stays_apart(model: torch.nn.Module) -> bool:
 
 
 def draw_losses(log: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draws the training and held-out loss over the epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "held out")):
-        if drawn := [(row["epoch"], row[name]) for row in log if name in row]:
-            axes.plot(*zip(*drawn, strict=True), style, label=label)
-            axes.legend()
-    axes.set(xlabel="epoch", ylabel="loss, nats per token", ylim=(0, None))
-    axes.grid(axis="x", color="0.85")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150, format="png")
-    pyplot.close(figure)
+    """Draws the training and held-out loss over the epochs. Raises UserError when the file cannot be written."""
+    with new_picture(path, width=8) as axes:
+        for name, style, label in (("loss", "-", "training"), ("eval_loss", "o-", "held out")):
+            if drawn := [(row["epoch"], row[name]) for row in log if name in row]:
+                axes.plot(*zip(*drawn, strict=True), style, label=label)
+                axes.legend()
+        axes.set(xlabel="epoch", ylabel="loss, nats per token", ylim=(0, None))
+        axes.grid(axis="x", color="0.85")
