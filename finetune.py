@@ -103,9 +103,7 @@ def read_data(settings: Settings, results: Results) -> list[Pair]:
     """The pairs of --data or of the results folder. Raises UserError when they are not there or not complete."""
     source = Path(settings.data).expanduser() if settings.data else results.sft_data
     if not source.exists():
-        raise UserError(
-            f"there is no {source}; run bash augcon.sh first, or name a folder or file of pairs with --data"
-        )
+        raise UserError(f"there is no {source}; run bash augcon.sh first, or name the pairs with --data")
     unfinished = "step 3" in results.record.stages() and results.record.finished("step 3") is None
     if unfinished and source.resolve() == results.sft_data.resolve():
         raise UserError(f"step 3 in {results.folder} has not finished, so {source} is not up to date; run it first")

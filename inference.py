@@ -58,7 +58,12 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
         written = [reply.text if isinstance(reply, Reply) else "" for reply in replies]  # empty where refused
         answers = [clean(without_thinking(text)).strip() for text in written]
         write_dataset(outputs, {"question": questions, "answer": answers})
-        print_outputs(replies, answers)
+        flaws = Counter({f"refused ({reason})": number for reason, number in refused.items()})
+        flaws["empty"] = answers.count("") - flaws.total()
+        flaws["cut off"] = sum(isinstance(reply, Reply) and not reply.complete for reply in replies)
+        kept = f", of them {format_counts(+flaws)}; all are kept in their place" if +flaws else ""
+        print(f"answers: {len(answers):,}{kept}")
+        print(f"length:  {statistics.fmean(map(length, answers)):.0f} words or characters on average")
         print_calls(llm, time.monotonic() - started)
         print(f"made:    {outputs}")
 
@@ -123,16 +128,6 @@ async def ask_all(settings: Settings, llm: LLM, questions: list[str]) -> list[Re
 
     with bar(len(questions), "answers", "answers") as progress:
         return [reply async for _, reply in map_in_order(ask, questions, 2 * settings.max_in_flight)]
-
-
-def print_outputs(replies: list[Reply | str], answers: list[str]) -> None:
-    """Prints the figures of the answers."""
-    flaws = Counter(f"refused ({reply})" for reply in replies if isinstance(reply, str))
-    flaws["empty"] = answers.count("") - flaws.total()
-    flaws["cut off"] = sum(isinstance(reply, Reply) and not reply.complete for reply in replies)
-    kept = f", of them {format_counts(+flaws)}; all are kept in their place" if +flaws else ""
-    print(f"answers: {len(answers):,}{kept}")
-    print(f"length:  {statistics.fmean(map(length, answers)):.0f} on average, in characters or words")
 
 
 if __name__ == "__main__":

@@ -123,10 +123,7 @@ def write_data(settings: Settings, results: Results, answers: list[Answer]) -> N
     write_dataset(results.sft_data, {"question": questions, "answer": texts})
     if not kept:
         reasons = format_counts(Counter(answer.reason for answer in answers))
-        raise UserError(
-            f"none of the {len(answers):,} answers is usable ({reasons}); see {results.dropped_queries}, then try "
-            "another model or prompt"
-        )
+        raise UserError(f"none of the {len(answers):,} answers is usable ({reasons}); see {results.dropped_queries}")
 
 
 def dropped_row(answer: Answer) -> dict[str, object]:

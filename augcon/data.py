@@ -5,11 +5,10 @@ Lengths are in AugCon's unit: one per CJK character, one per run of other non-sp
 
 import dataclasses
 from collections.abc import Awaitable, Callable
-from typing import Literal, get_args
+from typing import Literal
 
 Message = dict[str, str]  # "role" and "content"
 Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
 
 

@@ -51,11 +51,7 @@ def server_of(settings: Settings, gpus: int) -> str:
 
 
 def check(settings: Settings, gpus: int) -> None:
-    """Raises UserError before hours are spent on the steps that come first.
-
-    For a corpus or examples that cannot be read, and for results made with other settings, examples or texts, unless
-    --redo agrees to replace them.
-    """
+    """Raises UserError for inputs that cannot be read, and for results that would be replaced without --redo."""
     # This takes seconds to import, and `needed` does without.
     from augcon.run.inputs import CorpusRules, answer_inputs, read_examples, read_roots, tree_inputs
 

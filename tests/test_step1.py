@@ -10,13 +10,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import datasets
 import pytest
 from conftest import ROOT, SHARED_CORPUS, Engine, clean_environment, demo_engine, run, says_one_line, start
 
-from augcon.data import OUTCOMES
+from augcon.data import Outcome
 from augcon.method.diversity import DiverseQueries
 from augcon.method.pairs import NEGATIVES
 from augcon.text.units import clean, language, length
@@ -78,7 +78,7 @@ def test_queries_and_nodes_agree_and_every_fate_adds_up(bundled: tuple[Path, str
     for root, pairs in queries.items():
         assert pairs == [[node["context"], node["query"]] for node in by_root[int(root)] if node["query"]]
     fates = Counter(node["outcome"] for node in nodes)
-    assert set(fates) <= set(OUTCOMES)
+    assert set(fates) <= set(get_args(Outcome))
     assert f"{len(nodes):,} nodes" in output and all(f"{fate} {n:,}" in output for fate, n in fates.items())
     assert all(node["depth"] == len(node["path"]) for node in nodes)
     assert all(node["id"] == f"{node['root']}:{node['pass']}:{node['path']}" for node in nodes)

@@ -34,15 +34,11 @@ def port_of(api_base: str) -> int:
     """The port in ``api_base``. Raises UserError if no server can be started at that address."""
     address = re.fullmatch(r"http://(?:127\.0\.0\.1|localhost)(?::(\d+))?/v1/?", api_base)
     if not address:
-        raise UserError(
-            f"--api-base {api_base!r}: a server can be started on this machine only, at http://127.0.0.1:PORT/v1"
-        )
+        raise UserError(f"--api-base {api_base!r}: servers start on this machine only, at http://127.0.0.1:PORT/v1")
     try:
         return free_port(int(address[1] or 80))
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"cannot listen at {api_base} ({one_line(error)}); stop what listens there, or choose another --api-base"
-        ) from error
+        raise UserError(f"cannot listen at {api_base} ({one_line(error)}); choose another --api-base") from error
 
 
 class Server:

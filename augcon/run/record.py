@@ -38,9 +38,7 @@ class Record:
     def stages(self) -> dict[str, Stage]:
         """The entries of all stages that were ever begun."""
         if not self.path.exists() and (self.folder / "settings.json").exists():
-            raise UserError(
-                f"{self.folder} was made by an earlier version of AugCon; choose another folder with --results"
-            )
+            raise UserError(f"{self.folder} is from an earlier version of AugCon; choose another folder with --results")
         return read_json(self.path, dict[str, Stage], "the steps") if self.path.exists() else {}
 
     def finished(self, name: str) -> dict[str, Any] | None:

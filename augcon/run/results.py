@@ -1,8 +1,4 @@
-"""The results folder: the names of all its files, and the shapes of those that several steps share.
-
-The other files have their shape where they are written: sft_origins.jsonl and dropped_queries.jsonl in step 3,
-scores.jsonl and refills.json in step 2.
-"""
+"""The results folder: the names of its files, and the shapes of those that several steps share."""
 
 import contextlib
 import dataclasses
@@ -86,9 +82,7 @@ class Results:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise UserError(
-                    f"another run is using {self.folder}; wait for it, or choose another folder with --results"
-                ) from error
+                raise UserError(f"another run is using {self.folder}; wait, or choose another --results") from error
             yield
 
     def read_contexts(self) -> list[RootContext]:

@@ -99,9 +99,7 @@ def _check_fit(adapter: Adapter, base: Path, names: set[str], quantize: Quantiza
         replace_with_bnb_linear(model, keep, quantization("nf4"))
         quantized = {name for name, m in model.named_modules() if hasattr(m, "source_cls")}
     if elsewhere := {*quantized, *adapter.factors} - {name.removesuffix(".weight") for name in names}:
-        raise UserError(
-            f"the adapter cannot be merged exactly into {base}: {min(elsewhere)} has another name or form on disk"
-        )
+        raise UserError(f"cannot merge exactly into {base}: {min(elsewhere)} has another name or form on disk")
     return quantized
 
 

@@ -90,9 +90,7 @@ def load_scorer(
     try:
         return make_scorer(model, encoder, saved)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"the scorer in {saved} cannot be loaded ({one_line(error)}); remove it to train anew"
-        ) from error
+        raise UserError(f"the scorer in {saved} cannot be loaded ({one_line(error)}); remove that folder") from error
 
 
 def make_scorer(model: Any, encoder: ScorerEncoder, saved: Path | None = None) -> peft.PeftModel:

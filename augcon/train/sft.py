@@ -28,10 +28,7 @@ _ROUNDING = 0.02
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
     """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained or merged."""
     if getattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config", None):
-        raise UserError(
-            f"model {name!r} is quantised on disk, and no adapter can be merged into it; use the model that it was "
-            "made from"
-        )
+        raise UserError(f"model {name!r} is quantised on disk and takes no adapter; use the one it was made from")
     transformers.set_seed(seed)  # the adapter starts random
     model = load_base(transformers.AutoModelForCausalLM, str(folder), quantize)
     model.config.use_cache = False
