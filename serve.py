@@ -41,7 +41,7 @@ def main() -> None:
         server = Server(serving, port, Results(settings.results).server_log)
         print(f"server:  starting {description}; its log is {server.log}", flush=True)
         server.wait_until_ready()
-        print(f"server:  ready at {server.api_base}; Ctrl-C stops it", flush=True)
+        print(f"server:  ready at {server.api_base}{'' if command else '; Ctrl-C stops it'}", flush=True)
         # The server has one model. A name that was set for another server would not find it.
         environment = {**os.environ, "AUGCON_API_BASE": server.api_base, "AUGCON_API_MODEL": ""}
         process = start(command, environment) if command else None
