@@ -163,6 +163,7 @@ def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_pat
     assert given["--model"] == given["--served-model-name"] == str(tmp_path)
     assert given["--tensor-parallel-size"] == "2" and given["--data-parallel-size"] == "3"
     assert given["--dtype"] == "a b" and given["--host"] == "127.0.0.1"
+    assert given["--generation-config"] == "vllm"  # no sampling but AugCon's
     assert len((tmp_path / "questions").read_text()) == 4  # until the memory is free, and no longer
     refused = ended(serve(mark, *flags, "--tensor-parallel", 3, "--", "true"))
     assert says_one_line(refused, "28 attention heads", "1, 2, 4") and "server.log" not in refused.stdout

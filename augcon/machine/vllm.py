@@ -25,6 +25,7 @@ def vllm_command(model: str, name: str, port: int, gpus: int, wanted: int, argum
     command = python_module("vllm.entrypoints.openai.api_server", port)
     command += ["--model", model, "--served-model-name", name]
     command += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
+    command += ["--generation-config", "vllm"]  # or the model's own top_k and penalties are added to each request
     command += ["--disable-uvicorn-access-log"]  # which has a line for each request
     if gpus:
         heads, kv_heads = attention_heads(model) if gpus > 1 else (1, 1)
