@@ -92,6 +92,9 @@ USELESS = {
     "问题：（一个完整的问句）\n片段1：甲\n片段2：乙": "no question, only its place",
     "问题：【在此填写问题】\n片段1：甲\n片段2：乙": "no question, only its place",
     "问题：……？？？\n片段1：甲\n片段2：乙": "no question, only its place",
+    f"问题：<|im_end|>{Q}\n片段1：{A}\n片段2：{B}": "control mark",
+    f"问题：[INST] {Q}\n片段1：{A}\n片段2：{B}": "control mark",
+    f"问题：{Q}</s>\n片段1：{A}\n片段2：{B}": "control mark",
     ZH.cst_reply(ZH.cst.examples[1].question, (A, B)): "question of an example",
     f"问题：**{ZH.cst.examples[0].question}**\n片段1：{A}\n片段2：{B}": "question of an example",
 }
@@ -144,6 +147,20 @@ def test_other_words_for_a_label_are_text_where_ours_are_there():
     halves = ("甲说。\n文本2：附件\nPart 2: annex\n问：谁？\n段落1：总则", "乙说。\n片段1：附录\nQuestion: who?")
     assert parse_split(ZH.cst_reply(Q, halves), ZH) == Split(Q, halves)
     assert parse_question(f"问题：{Q}\nPart 1 of the story is long.\n片段1：{A}", ZH) == Q
+
+
+@pytest.mark.parametrize("other", ["问：它开门吗？", "Q: does it open?", "提问：\n开门？", "Question 1\nQuery: open?"])
+def test_our_label_wins_over_other_words_for_it_before(other):
+    assert parse_split(f"{other}\n{FORM}", ZH) == Split(Q, (A, B))
+    assert parse_question(f"Q: May I ask?\nQuestion: {Q}", EN) == Q
+
+
+def test_of_several_questions_the_one_before_the_halves_is_taken():
+    draft = "问题：这是草稿吗？\n太短，重写。\n"
+    assert parse_split(draft + FORM, ZH) == parse_split(f"{FORM}\n", ZH) == Split(Q, (A, B))
+    assert parse_split(f"问：这是草稿吗？\n问：{Q}\n片段1：{A}\n片段2：{B}", ZH) == Split(Q, (A, B))
+    assert parse_split(f"问题：{Q}\n片段1：{draft}{A}\n片段2：{draft}{B}", ZH).query == Q
+    assert parse_question(f"{draft}问题：{Q}", ZH) == Q
 
 
 def test_a_half_that_holds_our_label_loses_nothing():

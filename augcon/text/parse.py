@@ -1,7 +1,7 @@
 """What a model wrote → the query and the halves, an answer, a grade or a verdict, or the reason why there is none.
 
 Models add talk, markup and thinking blocks, and contexts may hold anything, labels included. So a part of a reply
-begins at the first line after the part before that starts with its label.
+begins at the first line after the part before that starts with its label; the question, at the last before the halves.
 """
 
 import functools
@@ -9,7 +9,7 @@ import re
 import unicodedata
 
 from augcon.data import Grades, Split
-from augcon.text.prompts import Prompts
+from augcon.text.prompts import Prompts, disarm
 from augcon.text.units import clean
 
 SHORTEST_QUESTION = 5  # characters
@@ -98,18 +98,20 @@ def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
 def _parts(reply: str, prompts: Prompts) -> list[str]:
     """What follows the question's label and each half's, up to the first that is missing."""
     text = without_thinking(reply)
-    label = _label_line(_any_of(prompts.labels.question, *_QUESTION)).search(text)
-    if not label:
-        raise Unparseable("no question")
-    found = [label]
-    for ours, number in zip(prompts.labels.halves, _NUMBER, strict=True):
-        # Other words for a half count only where ours is missing, since the text may hold them.
-        for labels in (_any_of(ours), f"{_HALF} ?{number}"):
-            if label := _label_line(labels).search(text, found[-1].end()):
+    labels = (prompts.labels.question, *prompts.labels.halves)
+    found: list[re.Match[str]] = []
+    for ours, others in zip(labels, (_any_of(*_QUESTION), *(f"{_HALF} ?{number}" for number in _NUMBER)), strict=True):
+        # Other words for a label count only where ours is missing, since talk and the text may hold them.
+        for kind in (_any_of(ours), others):
+            if label := _label_line(kind).search(text, found[-1].end() if found else 0):
                 found.append(label)
                 break
         else:
             break
+    if not found:
+        raise Unparseable("no question")
+    end = found[1].start() if found[1:] else len(text)
+    *_, found[0] = found[0].re.finditer(text, found[0].start(), end)  # drafts and quotations come before
     ends = [*(label.start() for label in found[1:]), len(text)]
     return [text[label.end() : end] for label, end in zip(found, ends, strict=True)]
 
@@ -132,7 +134,7 @@ def _label_line(labels: str) -> re.Pattern[str]:
 
 
 def _question(written: str, prompts: Prompts) -> str:
-    lines = [line for part in written.splitlines() if (line := part.strip(" \t*_#>"))]
+    lines = [line for part in written.splitlines() if (line := part.lstrip(" \t>*_#").rstrip(" \t*_#"))]
     question = " ".join(lines[:1] if lines and lines[0].endswith(("?", "？")) else lines)
     if re.fullmatch('“[^“”]*”|"[^"]*"|「[^「」]*」', question):
         question = question[1:-1].strip()
@@ -142,6 +144,8 @@ def _question(written: str, prompts: Prompts) -> str:
         raise Unparseable("no question, only its place")
     if any(question == example.question for example in prompts.cst.examples):
         raise Unparseable("question of an example")
+    if disarm(question) != question:
+        raise Unparseable("control mark")
     return question
 
 
