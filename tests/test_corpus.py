@@ -22,7 +22,7 @@ FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
 ROWS = datasets.Dataset.from_dict({"article": ["甲。", "B."], "title": ["一", "two"]})
 
 NASTY = st.text(
-    st.sampled_from("字字字，。？！；…“”」)\"'.!? \n\t\u3000aAeg1ไ—é👩\r\x00\u2028\ufeff\ud800\u200b"), max_size=300
+    st.sampled_from("字字字，。？！；…“”」)\"'.!? \n\t\u3000aAeg1ไที่ខ្។—é👩\r\x00\u2028\ufeff\ud800\u200b"), max_size=300
 )
 LONG = st.lists(st.tuples(NASTY, st.integers(1, 40)), max_size=4).map(lambda runs: "".join(run * n for run, n in runs))
 
@@ -117,14 +117,25 @@ def test_words_are_not_cut():
     }
 
 
-def test_scripts_without_spaces_are_cut_too():
-    thai = "ภาษาไทย" * 3000
-    contexts = split_article(thai, 500)
-    assert "".join(contexts) == thai and max(map(len, contexts)) <= 500 * 12
+THAI = "ร้านขนมปังในหมู่บ้านเปิดตั้งแต่ตีห้าเพราะคนงานต้องกินข้าวเช้าก่อนไปทำงาน"
+KHMER = "ហាងនំប៉័ងក្នុងភូមិបើកតាំងពីព្រលឹម ព្រោះកម្មករត្រូវញ៉ាំមុនទៅធ្វើការ"
+
+
+@pytest.mark.parametrize("end", [" ", "", "។", "။"])
+@pytest.mark.parametrize("sentence", [THAI, KHMER], ids=["Thai", "Khmer"])
+def test_scripts_without_spaces_are_cut_too(sentence, end):
+    article = ((sentence + end) * 40)[:2000].strip()
+    contexts = split_article(article, 100)
+    assert "".join(contexts) == article and 4 <= len(contexts) <= 8
+    assert all(SHORT <= text.length(context) <= 100 for context in contexts)
+    if end.strip() or (end and sentence == THAI):
+        assert all(context.endswith(end) for context in contexts[:-1])
 
 
 @pytest.mark.timeout(60)
-@pytest.mark.parametrize("unit", ["字", "word ", "a", "字。", "字\n", "e.g. ", "\u3000字", "👩\u200d👧"])
+@pytest.mark.parametrize(
+    "unit", ["字", "word ", "a", "字。", "字\n", "e.g. ", "\u3000字", "👩\u200d👧", "ไทยที่", "ไทย "]
+)
 def test_half_a_million_characters_in_one_line_are_split(unit):
     article = (unit * 500_000)[:500_000].strip()
     contexts = split_article(article, 500)

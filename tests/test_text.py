@@ -1,5 +1,7 @@
 """Units of text: length, sentences, words, language, in linear time."""
 
+import unicodedata
+
 import jieba
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from augcon.text.units import clean, language, length, paragraphs, sentences, size, units, words
 
 NASTY = st.text(st.sampled_from("字，。？！；…“”‘’」）\"'.!? \n\t\u3000aAe.g1-—·é👩\u200dไ臺"), max_size=60)
-ANY = NASTY | st.text(max_size=80)
+SPACELESS = st.text(st.sampled_from("ไทยที่ ๆำາລາວခမြ်း၊။ខ្មែរ។៕བོད་།༎ \na1.?”字"), max_size=80)
+ANY = NASTY | SPACELESS | st.text(max_size=80)
 
 LONG_LINES = {
     "Chinese without a mark": "字",
@@ -23,6 +26,9 @@ LONG_LINES = {
     "line ends": "\n",
     "blank lines": "字\n \n",
     "Thai": "ไทย",
+    "Thai phrases": "ไทย  ",
+    "Thai marks": "\u0e48",
+    "Khmer": "ខ្មែរ។ ",
     "emoji": "👩\u200d👩\u200d👧",
     "apostrophes": "a’",
     "byte order marks": "\ufeff",
@@ -48,10 +54,14 @@ LONG_LINES = {
         ("カタカナとひらがな", 9),
         ("👩\u200d👩\u200d👧 ok", 2),
         ("\u3000\u3000段首空两格", 5),
-        ("ภาษาไทย", 1),
+        ("ภาษาไทย", 2),
+        ("ภาษา ไทย", 2),
+        ("ภาษาลาว ພາສາລາວ", 4),
+        ("ខ្មែរ", 1),
+        ("ใช้Python3ได้", 3),
     ],
 )
-def test_length_counts_cjk_characters_and_other_words(text, expected):
+def test_length_counts_cjk_characters_other_words_and_five_characters_where_no_spaces_are(text, expected):
     assert length(text) == expected
 
 
@@ -68,7 +78,7 @@ def test_length_of_english_is_its_word_count(spaced):
 
 
 def test_size_counts_long_runs_by_their_characters():
-    assert size("ไ" * 25 + " word 字") == 3 + 1 + 1
+    assert size("é" * 25 + " word 字") == 3 + 1 + 1
 
 
 @pytest.mark.parametrize(
@@ -112,9 +122,26 @@ def test_there_are_as_many_units_as_the_length(text):
     assert len(units(text)) == max(1, length(text))
 
 
+@settings(deadline=None)
+@given(st.text(st.sampled_from("ไทยที่น้ำປີခမြ်းខ្មែរབོད་")))
+def test_no_unit_begins_with_a_mark_that_stands_on_the_letter_before(text):
+    assert not any(unicodedata.category(unit[0]).startswith("M") for unit in units(text)[1:])
+
+
+@settings(deadline=None)
+@given(SPACELESS, SPACELESS)
+def test_parts_are_never_shorter_together_than_the_whole(first, second):
+    assert length(first + second) <= length(first) + length(second)
+
+
 @pytest.mark.parametrize(
     "expected",
     [
+        ["ร้านเปิดเช้า ", "คนต่าง ๆ ", "มาซื้อขนมปัง 20 บาท ", "ปิดเย็น"],
+        ["ຮ້ານເປີດເຊົ້າ ", "ຄົນມາຊື້"],
+        ["ဆိုင်ဖွင့်သည်။ ", "လူများ၊ လာသည်။”", "ဝယ်သည်"],
+        ["ហាងបើក។ ", "មនុស្សមក៕\n", "ទិញ"],
+        ["ཁང་པ་ཡོད། ", "མི་ཡོང༎ ", "ཉོ"],
         ["“好吗？”", "他问。", "“好！”", "她说；", "然后走了……", "完"],
         ["他说：“为什么？！”）", "没人答。』」", "完。"],
         ["句一。 ", "句二！？", "句三"],

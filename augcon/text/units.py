@@ -1,9 +1,10 @@
-"""Units of Chinese, English and mixed text: length, sentences, words, language. All take time linear in the text."""
+"""Units of Chinese, English and other text: length, sentences, words, language. All take time linear in the text."""
 
 import functools
 import itertools
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable
 from typing import Literal
 
@@ -20,7 +21,13 @@ _CJK = (
     "\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U0003ffff"
 )
 _SHARED = "“”‘’—…·"
-_UNIT = re.compile(rf"(?:[^\s{_CJK}{_SHARED}]|(?<=[A-Za-z])’(?=[A-Za-z]))+|[{_CJK}{_SHARED}]")
+# Thai, Lao, Tibetan, Burmese and Khmer put no space between words. Marks stay with the letter that they stand on.
+_SPACELESS = "\u0e00-\u109f\u1780-\u17ff"
+_MARKS = "".join(filter(lambda letter: unicodedata.category(letter)[0] == "M", map(chr, range(0x0E00, 0x1800))))
+_UNIT = re.compile(
+    rf"(?:[^\s{_CJK}{_SHARED}{_SPACELESS}]|(?<=[A-Za-z])’(?=[A-Za-z]))+|[{_CJK}{_SHARED}]"
+    rf"|[{_SPACELESS}]{{1,5}}[{_MARKS}]*+"
+)
 _CJK_CHARACTER = re.compile(f"[{_CJK}]")
 CHARACTERS_PER_UNIT = 12  # in a run without spaces, for ``size``
 
@@ -28,13 +35,14 @@ CHARACTERS_PER_UNIT = 12  # in a run without spaces, for ``size``
 def length(text: str) -> int:
     """The length in AugCon's unit: one per CJK character (punctuation too), one per run of other non-space characters.
 
+    In scripts that put no space between words, such as Thai, every five characters stand for a word.
     So pure Chinese text has the length that the paper gives it, its characters; and English text has its words.
     """
     return len(_UNIT.findall(text))
 
 
 def size(text: str) -> int:
-    """The length, but with long runs counted more than once: a page of Thai or base64 is a single run."""
+    """The length, but with long runs counted more than once: a page of base64 is a single run."""
     return sum(1 + (len(unit) - 1) // CHARACTERS_PER_UNIT for unit in _UNIT.findall(text))
 
 
@@ -63,12 +71,15 @@ def _cut(text: str, places: Iterable[int]) -> list[str]:
     return [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
 
 
-# Full-width marks always end a sentence. ASCII marks do so before white space or a CJK character; a full stop must
-# not belong to an abbreviation, an initial or "e.g. this".
+# Full-width marks and those of Khmer, Burmese and Tibetan always end a sentence. ASCII marks do so before white space
+# or a CJK character; a full stop must not belong to an abbreviation, an initial or "e.g. this". In Thai and Lao a space
+# does, except before the sign of repetition.
+_MARK = "。！？；…។៕။།༎"
 _CLOSING = "”’」』）】》〉\"')\\]"
 _SENTENCE_END = re.compile(
-    rf"[。！？；…][。！？；…!?]*+[{_CLOSING}]*+\s*+"
+    rf"[{_MARK}][{_MARK}!?]*+[{_CLOSING}]*+\s*+"
     rf"|(?<![.!?])[.!?]++[{_CLOSING}]*+(?:\s++|(?=[{_CJK}])|\Z)"
+    "|(?<=[\u0e00-\u0eff]) ++(?=[\u0e00-\u0eff])(?![ๆໆ])"
 )
 _ABBREVIATION = re.compile(
     r"(?<![A-Za-z])(?:[A-Za-z]|(?:[A-Za-z]\.)+[A-Za-z]|"
