@@ -39,8 +39,8 @@ def read_roots(rules: CorpusRules, skipped: Counter[str]) -> list[RootContext]:
 
 
 def corpus_path(corpus: str) -> str:
-    """Where a corpus is; the bundled one is found from any working directory."""
-    return str(_PROJECT / corpus) if corpus == "DailyM" else corpus
+    """Where a corpus is; the bundled one is found from any working directory that has none of its name."""
+    return str(_PROJECT / corpus) if corpus == "DailyM" and not Path(corpus).exists() else corpus
 
 
 def read_examples(names: str) -> list[Example]:
