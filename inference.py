@@ -39,7 +39,7 @@ def main() -> None:
 async def answer_questions(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: questions, answers in their order, figures."""
     started = time.monotonic()
-    questions, skipped = read_questions(settings)
+    questions, blank = read_questions(settings)
     outputs = outputs_folder(settings, results)
     async with LLM(pick(Endpoint, settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
@@ -47,18 +47,20 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
         # Where the server is on another machine, the model that was merged here tells one from the next.
         llm.weights = f"{folder} {files_digest(folder) or files_digest(results.sft_model)}"
         print(f"server:  {settings.api_base} serves {model!r}" + (f" from {folder}" if folder.is_dir() else ""))
-        print(f"asked:   {len(questions):,} questions{format_skipped(skipped)}")
+        asked = len(questions) - blank.total()
+        print(f"asked:   {asked:,} questions{format_skipped(blank)}")
         replies = await ask_all(settings, llm, questions)
         refused = Counter(reply for reply in replies if isinstance(reply, str))
-        if refused.total() == len(questions):
+        if refused.total() == asked:
             raise UserError(
                 f"the server refused every question ({format_counts(refused)}); if they are too long, "
                 f"lower --answer-max-tokens {settings.answer_max_tokens}"
             )
-        written = [reply.text if isinstance(reply, Reply) else "" for reply in replies]  # empty where refused
+        written = [reply.text if isinstance(reply, Reply) else "" for reply in replies]  # empty where refused or blank
         answers = [clean(without_thinking(text)).strip() for text in written]
         write_dataset(outputs, {"question": questions, "answer": answers})
         flaws = Counter({f"refused ({reason})": number for reason, number in refused.items()})
+        flaws["without a question"] = blank.total()
         flaws["empty"] = answers.count("") - flaws.total()
         flaws["cut off"] = sum(isinstance(reply, Reply) and not reply.complete for reply in replies)
         kept = f", of them {format_counts(+flaws)}; all are kept in their place" if +flaws else ""
@@ -69,27 +71,28 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
 
 
 def read_questions(settings: Settings) -> tuple[list[str], Counter[str]]:
-    """The questions, and what was skipped by reason. Raises UserError where there are none."""
-    skipped: Counter[str] = Counter()
+    """The question of each row, and how many are blank, by reason. Raises UserError where all are."""
+    blank: Counter[str] = Counter()
     try:
-        questions = [article.text.strip() for article in texts(question_rows(settings), skipped)]
+        rows = list(question_rows(settings))
+        given = {article.number: article.text.strip() for article in texts(rows, blank)}
     except UserError as error:
         if settings.questions:
             raise
         raise UserError(f"{error}; or name a file of questions with --questions") from error
-    if not questions:
-        raise UserError(f"{settings.questions or settings.corpus!r} has no question{format_skipped(skipped)}")
-    return questions, skipped
+    if not given:
+        raise UserError(f"{settings.questions or settings.corpus!r} has no question{format_skipped(blank)}")
+    return [given.get(number, "") for number in range(len(rows))], blank
 
 
 def question_rows(settings: Settings) -> Iterator[Any]:
-    """The rows of the file of questions, or of the corpus's test split."""
+    """The rows of the file of questions, of a .txt file its lines with text, or of the corpus's test split."""
     path = Path(settings.questions)
     if path.suffix.lower() != ".txt":
         source = settings.questions or corpus_path(settings.corpus)
         return read_column(source, settings.question_field, split="test", flag="--question-field")
     try:
-        return iter(path.read_text(encoding="utf-8-sig").split("\n"))
+        return filter(str.strip, path.read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, ValueError) as error:
         raise UserError(f"--questions: cannot read {path} as UTF-8 text: {error}") from error
 
@@ -115,12 +118,13 @@ def files_digest(folder: Path) -> str:
 
 
 async def ask_all(settings: Settings, llm: LLM, questions: list[str]) -> list[Reply | str]:
-    """The reply to each question, or why the server refused it."""
+    """The reply to each question, or why the server refused it. A blank one has an empty reply."""
 
     async def ask(question: str) -> Reply | str:
         messages = [{"role": "user", "content": question}]
         try:
-            return await llm.ask(Request(messages, settings.answer_temperature, settings.answer_max_tokens))
+            request = Request(messages, settings.answer_temperature, settings.answer_max_tokens)
+            return await llm.ask(request) if question else Reply("", complete=True)
         except Refused as error:
             return str(error)
         finally:

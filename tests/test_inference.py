@@ -88,9 +88,10 @@ def test_what_is_wrong_with_an_answer_is_counted_and_its_row_stays(tmp_path: Pat
         ("想过？", "想好了。"),
         ("最后？", "好。"),
         ("好的？", "好。\n\n---\n\n### 再说\n- 一"),
+        *[("", "")] * 3,
     ]
     assert "asked:   7 questions, 3 skipped (not a text 1, empty 1, no text in the field 1)" in done.stdout
-    for flaw in ("empty 1", "cut off 1", "refused (refused with status 400) 1"):
+    for flaw in ("answers: 10", "without a question 3", "empty 1", "cut off 1", "refused (refused with status 400) 1"):
         assert flaw in done.stdout
 
 
