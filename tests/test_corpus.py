@@ -16,6 +16,7 @@ from augcon.data import RootContext
 from augcon.errors import UserError
 from augcon.method.contexts import SHORT, split_article, split_corpus
 from augcon.run.corpus import read_column, texts
+from augcon.run.inputs import corpus_path
 from augcon.text import units as text
 
 FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
@@ -226,6 +227,14 @@ def test_a_saved_dict_of_several_splits_without_train_is_refused(tmp_path):
 def test_the_sample_corpus_is_read():
     articles = list(read_column(str(Path(__file__).parents[1] / "DailyM"), "article"))
     assert articles and all(isinstance(article, str) for article in articles)
+
+
+def test_the_sample_corpus_is_found_from_anywhere_that_has_none_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert corpus_path("DailyM") == str(Path(__file__).parents[1] / "DailyM")
+    (tmp_path / "DailyM").mkdir()
+    (tmp_path / "DailyM" / "mine.txt").write_text("甲。", "utf-8")
+    assert list(read_column(corpus_path("DailyM"), "article")) == ["甲。"]
 
 
 def test_json_lines_are_read_whatever_some_lines_are(read):
