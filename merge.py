@@ -1,8 +1,8 @@
 """Merges the fine-tuned adapter into its base model, into the very weights that training saw.
 
-Reads results/LoRA, or any adapter, and the base model. Writes results/sft_model, or the folder --output, which vLLM or
-any other server can serve, one weight file at a time. An adapter without a record of its training can be merged too:
-add --quantize nf4 if its base was in 4 bits, else --quantize none.
+Reads results/LoRA, or any adapter in a folder or on the hub, and the base model. Writes results/sft_model, or the
+folder --output, which vLLM or any other server can serve, one weight file at a time. An adapter without a record of
+its training can be merged too: add --quantize nf4 if its base was in 4 bits, else --quantize none.
 
     python merge.py
     python merge.py --lora my-adapter --base Qwen/Qwen2.5-7B-Instruct --output my-model --quantize nf4
@@ -16,7 +16,7 @@ from augcon.errors import UserError, stage
 from augcon.files import new_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
-from augcon.train.adapters import TrainedWith, read_adapter, trained_over
+from augcon.train.adapters import TrainedWith, adapter_folder, read_adapter, trained_over
 from augcon.train.base import companions_digest, model_folder
 from augcon.train.merge import merge
 from config import load_settings
@@ -27,12 +27,13 @@ STAGE = "merge"
 @stage
 def main() -> None:
     settings = load_settings(__doc__, "merging", "fine-tuning")
-    folder = Path(settings.lora) if settings.lora else Results(settings.results).lora
-    if not folder.exists():
-        raise UserError(f"there is no {folder}; run finetune.py first, or name an adapter with --lora")
+    here = Path(settings.lora) if settings.lora else Results(settings.results).lora
+    if not settings.lora and not here.exists():
+        raise UserError(f"there is no {here}; run finetune.py first, or name an adapter with --lora")
+    folder = adapter_folder(settings.lora) if settings.lora else here
     # A checkpoint of finetune.py has its record two folders up.
     run = folder.absolute().parent.parent if folder.absolute().match("ckpts/checkpoint-*") else None
-    results = Results(run or folder.parent)
+    results = Results((run or folder.parent) if folder == here else settings.results)  # not in the hub's cache
     with contextlib.nullcontext() if settings.lora and settings.output else results.held():
         adapter = read_adapter(folder)
         record = Record(run or folder).stages().get("finetune")
@@ -42,7 +43,7 @@ def main() -> None:
         trained = trained_over(adapter, known, base, settings.quantize)
         output = Path(settings.output) if settings.output else results.sft_model
         form = "in NF4" if trained.quantize == "nf4" else "as it is"
-        print(f"adapter: {folder}, {len(adapter.factors):,} layers, trained over {name!r} {form}")
+        print(f"adapter: {here}, {len(adapter.factors):,} layers, trained over {name!r} {form}")
         if adapter.base not in ("", name, str(base)):
             print(f"note:    the adapter itself names {adapter.base!r} as its base; {name!r} is used")
         inputs = {**trained.inputs(), "adapter": adapter.digest, "companions": companions_digest(base)}

@@ -353,5 +353,23 @@ def test_the_model_is_written_beside_its_adapter_and_the_command_that_serves_it_
     assert "no record of how it was trained" in merge("--lora", second / "ckpts" / "checkpoint-8")[2]
 
 
+def test_an_adapter_may_come_from_the_hub(
+    nf4: Parts, merge: Callable[..., Merged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def download(name: str, **_: object) -> str:
+        if name != "someone/adapter":
+            raise OSError(f"404: {name}\nnot found")
+        return str(nf4.lora)
+
+    monkeypatch.setattr(training, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    status, said, error = merge("--lora", "someone/adapter", "--results", "r")
+    assert (status, error) == (0, "") and "adapter: someone/adapter, 14 layers" in said
+    assert weights(tmp_path / "r" / "sft_model").keys() == weights(nf4.base).keys()
+    for name in ("someone/other", "./other", "a/b/c"):
+        status, _, error = merge("--lora", name, "--results", "r")
+        assert status == 1 and f"--lora '{name}' names no adapter" in error and "\n" not in error
+
+
 def test_no_adapter_is_one_line_from_the_front_door(tmp_path: Path):
     assert says_one_line(run("merge.py", "--results", tmp_path / "r"), "LoRA", "finetune.py")

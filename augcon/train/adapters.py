@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
-from augcon.train.base import weights_digest
+from augcon.train.base import model_folder, weights_digest
 
 # Fields of LoraConfig that the merge takes into account, or that change nothing once the training is over. Any
 # other one must be as it is by default.
@@ -67,6 +67,14 @@ class Adapter:
         alpha = patterns.get(get_pattern_key(list(patterns), module), self.config["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         return torch.mul(up.to(device, torch.float32) @ down.to(device, torch.float32), scale)
+
+
+def adapter_folder(name: str) -> Path:
+    """The folder of an adapter, downloaded from the hub unless it is a folder here. Raises UserError without one."""
+    try:
+        return model_folder(name)  # the files of either kind have the same endings
+    except UserError as error:
+        raise UserError(f"--lora {name!r} names no adapter: {error}") from error
 
 
 def read_adapter(folder: Path) -> Adapter:
