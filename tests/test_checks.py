@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from augcon.data import Example, Query
-from augcon.text.checks import is_refusal, mentions_text, parse_answer
+from augcon.text.checks import is_refusal, mentions_text, parse_answer, ungrounded
 from augcon.text.parse import Unparseable
 from augcon.text.prompts import load_prompts
 
@@ -212,3 +212,32 @@ def test_no_reply_breaks_the_checks_and_a_plain_mention_is_never_let_through(sai
         return
     assert answer.strip() == answer and answer
     assert fault(f"{answer}。{mention}", "问什么？", "")
+
+
+@pytest.mark.parametrize(
+    ("question", "context", "absent"),
+    [
+        ("Why did Tesla leave Edison in 1885?", "Tesla left him after a year.", ["1885", "Edison"]),
+        (
+            "What did the 1,200 members of NASA's staff call “the Vomit Comet”?",
+            "Its staff flew often.",
+            ["1,200", "the Vomit Comet", "NASA"],
+        ),
+        ("Why did the United States leave UNESCO?", "The U.S. left the organisation.", ["UNESCO"]),
+        ("Was Zürich like Germany hit by Americans?", "Zurich and German towns were hit by America.", []),
+        ("Which GDP did the World Health Organization count?", "WHO counted the gross domestic product.", []),
+        ("How Can Germany Save Energy in July?", "Gas is dear.", []),
+        ("In which July did I see 3 ships?", "He saw some.", []),
+        ("How were 3,400 of 250 people fed in the 1940s and the 20th century?", "三千四百人，二百五十人。", []),
+        ("What cost $25 and 40%?", "It cost twenty-five dollars, forty per cent of the price.", []),
+        ("1943年發生了什麼？有１２個人嗎？", "一九四三年，他和十二个人走了。", []),
+        ("1944年发生了什么？", "一九四三年，他走了。", ["1944"]),
+        ("鲁迅为什么去北京？", "他去了北平，住在京城。", ["鲁迅"]),
+        ("臺灣的《阿Q 正傳》由誰出版？", "《阿Ｑ正传》在台湾由他出版。", []),
+        ("“高收低租”和「以租养贷」是什么？", "以租養貸要小心。", ["高收低租"]),
+        ("Redis 和 MySQL 用在哪个 app 里？", "数据存在 mysql 里。", ["Redis"]),
+        ("What is 蜂蜡布 in Germany?", "蜂蜡布怕热，不能用开水烫洗。", []),
+    ],
+)
+def test_what_a_question_has_from_elsewhere_is_found(question: str, context: str, absent: list[str]):
+    assert ungrounded(question, context) == absent
