@@ -86,6 +86,17 @@ class Settings(BaseSettings):
     tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as many as its heads allow", ge=0)
     serve_arguments: str = _serving("", "further arguments for vLLM, in one string")
 
+    split: Literal["rewrite", "focus"] = _trees(
+        "rewrite",
+        "how a context is split: the model rewrites it in two halves (paper), or is shown the root context with its "
+        "sentences numbered and names the one to cut after",
+    )
+    bad_split: Literal["end", "cut"] = _trees(
+        "end", "a rewriting whose halves will not do in any try: ends the branch (paper), or is cut in the middle"
+    )
+    coverage_threshold: float = _trees(
+        0.75, "ROUGE-L recall of a context in its halves below which they have lost too much of it", ge=0, le=1
+    )
     min_length: int = _trees(20, "λ: no query for a shorter context (paper 3.2); unit as max-length", ge=1)
     rouge_threshold: float = _trees(
         0.7,
@@ -95,7 +106,7 @@ class Settings(BaseSettings):
     )
     query_temperature: float = _trees(0.85, "sampling temperature for queries (paper 4.1)", ge=0, le=2)
     query_max_tokens: int = _trees(1024, "most tokens of a reply with a query and two halves", ge=16)
-    tries: int = _trees(4, "replies asked for until one can be parsed", ge=1, le=100)
+    tries: int = _trees(4, "replies asked for until nothing is wrong with one", ge=1, le=100)
     oversample: float = _trees(1.15, "mutually diverse queries to gather for step 2, in quotas", ge=1, le=100)
     max_passes: int = _trees(6, "most trees grown over a root context to fill its quota", ge=1, le=1000)
     negatives: int = _trees(500, "scorer pairs for each type of negative (paper 4.1)", ge=0)
@@ -120,6 +131,13 @@ class Settings(BaseSettings):
         "example answers written by people: .jsonl files of context, question, answer, separated by commas; "
         "a query gets examples in its own language where there are any",
         min_length=1,
+    )
+    answer_from: Literal["root", "node"] = _answers(
+        "root",
+        "the text to answer from: the root context, with the node's as the part in question, or the node's alone",
+    )
+    alike_answers: float = _answers(
+        0.9, "ROUGE-L precision, both ways, from which two answers on one article say the same; 0: keep all", ge=0, le=1
     )
     answer_temperature: float = _answers(0.2, "sampling temperature for answers (paper 4.1)", ge=0, le=2)
     answer_max_tokens: int = _answers(4096, "most tokens of an answer (paper 4.1)", ge=16)

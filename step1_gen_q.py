@@ -24,7 +24,7 @@ from augcon.ordered import map_in_order
 from augcon.progress import Share, bar
 from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
 from augcon.run.recipe import run_recipe
-from augcon.run.report import TreeFigures, format_counts, format_skipped, print_calls
+from augcon.run.report import TreeFigures, format_skipped, print_calls, print_pairs
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
 
@@ -49,13 +49,18 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
         other = "" if model == settings.model else f" (steps 2 and later use the model setting, {settings.model!r})"
         print(f"server:  {settings.api_base} serves {model!r}{other}")
         inputs = {**tree_inputs(settings.inputs("step 1"), roots, settings.language), "model served": model}
-        if not results.record.begin("step 1", inputs, results.made("step 1"), settings.redo):
+        same = results.record.begin("step 1", inputs, results.made("step 1"), settings.redo)
+        if not same:
             results.refills.unlink(missing_ok=True)  # of other trees
         write_lines(results.contexts, map(dataclasses.asdict, roots))
 
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
         sample = await grow_trees(settings, results, llm, roots, Counter(root for short in rounds for root in short))
-        made = await make_pairs(settings, results, llm, roots, sample)
+        if same and results.scorer_pairs.exists():  # further queries are no reason to train another scorer
+            made = len(results.read_pairs())
+            print(f"pairs:   {made:,} for the scorer, as made before")
+        else:
+            made = await make_pairs(settings, results, llm, roots, sample)
         print_calls(llm, time.monotonic() - started)
         results.record.finish("step 1", refills=len(rounds), pairs=made)
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
@@ -92,7 +97,7 @@ async def grow_trees(
         async for root, grown in map_in_order(fill, roots, 2 * settings.max_in_flight):
             write(root.root, grown.nodes)
             figures.add(grown)
-            for query in grown.first_queries:  # a refill leaves the scorer's pairs as they are
+            for query in (query for node in grown.nodes for query in node.queries):
                 sample.offer(query)
     write_lines(results.short_roots, figures.short)
     figures.print(results.short_roots)
@@ -108,6 +113,7 @@ async def make_pairs(
     outcomes = pairs.make_pairs(
         llm.ask,
         lambda root: prompts_for(roots[root].text, settings.language),
+        roots,
         sample,
         settings.negatives,
         pick(TreeRules, settings),
@@ -125,8 +131,7 @@ async def make_pairs(
     kept = pairs.balance(made)
     results.write_pairs(kept)
     lost["left out for balance"] = sum(map(len, made.values())) - len(kept)
-    kinds = format_counts(Counter(pair.type for pair in kept)) or "none"
-    print(f"pairs:   {len(kept):,} for the scorer: {kinds}{f'; thrown away: {format_counts(+lost)}' if +lost else ''}")
+    print_pairs(kept, +lost)
     return len(kept)
 
 

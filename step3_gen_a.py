@@ -14,12 +14,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from augcon.data import Answer, Query
+from augcon.data import Answer, Query, RootContext
 from augcon.errors import UserError, stage
 from augcon.files import digest, read_lines, write_dataset, write_json, write_lines
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
-from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, try_examples
+from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import answer_inputs, prompts_for, read_examples
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 Searches = dict[Language, Search]
+Roots = dict[int, RootContext]  # by their number; empty where step 1 has left no list of them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     queries = [query for listed in results.read_queries(results.filtered_queries).values() for query in listed]
     if not queries:
         raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
+    roots = {root.root: root for root in results.read_contexts()} if results.contexts.exists() else {}
     examples = read_examples(settings.qa_examples)
     languages = Counter(prompts_for(query.text, settings.language).language for query in queries)
     print(f"queries: {len(queries):,} to answer ({format_counts(languages)}); {len(examples)} examples by people")
@@ -73,11 +75,11 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
             for search in searches.values():
                 await try_sets(settings, llm, search, progress)
             write_json(results.example_search, {of: search.table() for of, search in searches.items()})
-            answers = await answer_all(settings, llm, searches, queries, progress)
+            answers = await answer_all(settings, llm, searches, queries, roots, progress)
         for search in searches.values():
             print_search(search)
         print_answers(answers, results.dropped_queries)
-        write_data(settings, results, answers)
+        write_data(settings, results, roots, answers)
         print_calls(llm, time.monotonic() - started)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
     results.record.finish("step 3", queries=digest(results.filtered_queries.read_bytes()))
@@ -98,27 +100,30 @@ async def try_sets(settings: Settings, llm: LLM, search: Search, progress: "tqdm
 
 
 async def answer_all(
-    settings: Settings, llm: LLM, searches: Searches, queries: list[Query], progress: "tqdm[None]"
+    settings: Settings, llm: LLM, searches: Searches, queries: list[Query], roots: Roots, progress: "tqdm[None]"
 ) -> list[Answer]:
-    """Answers every query with the examples chosen for its language."""
+    """Answers every query with the examples chosen for its language, and leaves out what is answered alike."""
     shown = {of: search.shown(search.winner) for of, search in searches.items()}
     rules = pick(AnswerRules, settings)
+    texts = {number: root.text.strip() for number, root in roots.items()} if settings.answer_from == "root" else {}
 
     async def answer(query: Query) -> Answer:
-        prompts = prompts_for(query.text, settings.language)
-        answered = await answer_query(llm.ask, prompts, shown[prompts.language], query, rules)
+        prompts, context = prompts_for(query.text, settings.language), texts.get(query.root, query.context)
+        answered = await answer_query(llm.ask, prompts, shown[prompts.language], query, context, rules)
         progress.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
         progress.update()
         return answered
 
-    return [answered async for _, answered in map_in_order(answer, queries, 2 * settings.max_in_flight)]
+    answers = [answered async for _, answered in map_in_order(answer, queries, 2 * settings.max_in_flight)]
+    articles = {number: root.article for number, root in roots.items()}
+    return list(thin_out(answers, articles, settings.alike_answers)) if settings.alike_answers else answers
 
 
-def write_data(settings: Settings, results: Results, answers: list[Answer]) -> None:
+def write_data(settings: Settings, results: Results, roots: Roots, answers: list[Answer]) -> None:
     """Writes the pairs, where they came from and what was dropped. Raises UserError when no pair is left."""
     kept = [answer for answer in answers if answer.text is not None]
     write_lines(results.dropped_queries, (dropped_row(answer) for answer in answers if answer.text is None))
-    write_lines(results.sft_origins, origins(settings, results, kept))
+    write_lines(results.sft_origins, origins(settings, results, roots, kept))
     questions, texts = [answer.query.text for answer in kept], [answer.text for answer in kept]
     write_dataset(results.sft_data, {"question": questions, "answer": texts})
     if not kept:
@@ -133,9 +138,8 @@ def dropped_row(answer: Answer) -> dict[str, object]:
     return {**what, "reason": answer.reason, "tries": answer.tries, "reply": answer.reply}
 
 
-def origins(settings: Settings, results: Results, answers: list[Answer]) -> Iterator[dict[str, object]]:
+def origins(settings: Settings, results: Results, roots: Roots, answers: list[Answer]) -> Iterator[dict[str, object]]:
     """The lines of sft_origins.jsonl; None where the files of steps 1 and 2 do not tell."""
-    articles = {root.root: root.article for root in results.read_contexts()} if results.contexts.exists() else {}
     scored = read_lines(results.scores, Scored, STEP_2) if results.scores.exists() else ()
     scores = {row.id: row.score for row in scored}
     for answer in answers:
@@ -143,7 +147,7 @@ def origins(settings: Settings, results: Results, answers: list[Answer]) -> Iter
         yield {
             "id": query.id,
             "question": query.text,
-            "article": articles.get(query.root),
+            "article": roots[query.root].article if query.root in roots else None,
             "root": query.root,
             "pass": query.pass_number,
             "path": query.path,

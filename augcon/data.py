@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 Message = dict[str, str]  # "role" and "content"
-Outcome = Literal["done", "too short", "not parseable", "hallucinated", "failed"]
+Outcome = Literal["done", "too short", "not shorter", "hallucinated", "loses text", "not parseable", "failed"]
 Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
 
 
@@ -74,9 +74,10 @@ class Split:
 class Node:
     """A node of a tree and what became of it.
 
-    ``query`` is None where the context was not asked (too short) or no query could be had (not parseable, failed).
-    "done": the query is kept, and the halves were visited or are no shorter than their context. "hallucinated": the
-    query is kept, the halves are not. ``detail`` gives the reason, ``tries`` the number of replies.
+    ``query`` is None where the context was not asked (too short), where no query could be had (not parseable, failed)
+    or where it is a copy of the one above. "done": there is nothing wrong with the halves, which are nodes too. "not
+    shorter", "hallucinated", "loses text": the query is kept, the halves are not. ``detail`` gives the reason,
+    ``tries`` the number of replies, ``doubt`` the words of the query that its context does not hold.
     """
 
     root: int
@@ -87,6 +88,7 @@ class Node:
     outcome: Outcome
     detail: str = ""
     tries: int = 0
+    doubt: str = ""
 
     @property
     def id(self) -> str:
@@ -181,6 +183,7 @@ class Reply:
 
 
 Ask = Callable[[Request], Awaitable[Reply]]
+TOO_LONG = "context too long for the model"  # why a request is refused
 
 
 class Refused(Exception):

@@ -26,6 +26,8 @@ def reply_to(prompt: list[Message] | str, seed: int | None) -> str:
     task = recognise(prompt)
     if task.kind == "other":
         return str(_SAYINGS[task.prompts.language]["other"])
+    if "focus" in task.kind:
+        return _focused(task, seed)
     if "tree" in task.kind:
         return _tree(task, random.Random(f"{seed}\n{task.fixed}{task.last}"))
     return _answer(task) if task.kind == "answer" else _graded(task)
@@ -56,6 +58,8 @@ def recognise(prompt: list[Message] | str) -> Task:
         for kind, instruction in {
             "tree": prompts.cst.instruction,
             "weak tree": prompts.cst.weak_instruction,
+            "focus": prompts.focus.instruction,
+            "weak focus": prompts.focus.weak_instruction,
             "answer": prompts.answer.instruction,
             "grade": prompts.grade.instruction,
             "judge": prompts.judge.instruction,
@@ -63,8 +67,10 @@ def recognise(prompt: list[Message] | str) -> Task:
         }.items():
             if whole.startswith(f"{instruction}\n\n"):
                 fixed = f"{instruction}\n\n"
-                if "tree" in kind:
-                    shown = prompts.cst_messages("", weak=kind == "weak tree")[:-1]
+                if "tree" in kind or "focus" in kind:
+                    weak = kind.startswith("weak")
+                    messages = prompts.cst_messages("", weak=weak), prompts.focus_messages([], 0, 0, weak=weak)
+                    shown = messages["focus" in kind][:-1]
                     known = (as_text(shown[:number]) for number in range(2, len(shown) + 1, 2))
                     fixed = max([fixed, *filter(whole.startswith, known)], key=len)
                 elif kind == "answer":
@@ -108,22 +114,39 @@ def halve(context: str, second_best: bool) -> tuple[str, str]:
 
 
 def _tree(task: Task, random_: random.Random) -> str:
-    """A question and the halves; mostly a weaker question for the weak instruction, and for fewer examples."""
-    language, context = task.prompts.language, text.clean(task.last[:_MOST_READ])
+    """A question and the halves."""
+    question = _question(task, task.last, task.fixed == as_text(task.prompts.cst_messages("")[:-1]), random_)
+    return task.prompts.cst_reply(question, halve(task.last, second_best=random_.random() < 0.3))
+
+
+def _focused(task: Task, seed: int | None) -> str:
+    """A question about the sentences in focus, and the number of the one in their middle."""
+    listed, focus = task.parts(task.prompts.labels.focus)
+    first, *_, last = map(int, 2 * re.findall(r"\d+", focus))
+    lines = re.split(r"^\[\d+\] ", listed, flags=re.MULTILINE)[first : last + 1]
+    whole = task.fixed == as_text(task.prompts.focus_messages([], 0, 0)[:-1])
+    question = _question(task, "".join(lines), whole, random.Random(f"{seed}\n{task.fixed}{task.last}"))
+    labels, line = task.prompts.labels, task.prompts.line
+    return f"{line(labels.question, question)}\n{line(labels.cut, str((first + last) // 2))}"
+
+
+def _question(task: Task, about: str, whole: bool, random_: random.Random) -> str:
+    """A question; mostly a weaker one unless the prompt is ``whole``: its instruction and all of its examples."""
+    language, context = task.prompts.language, text.clean(about[:_MOST_READ])
     pieces: dict[str, list[str]] = {slot: [] for slot in "tsqc"}
     for sentence in text.sentences(context):
         for slot, piece in (_chinese if language == "zh" else _english)(sentence[:1000]):
             pieces[slot].append(piece)
     pieces["u"], pieces["c"] = pieces["t"], pieces["s"] or pieces["c"]
     best, weaker = (random_.choices(_SAYINGS[language][templates], k=20) for templates in ("good", "weak"))
-    good = random_.random() < (0.97 if task.fixed == as_text(task.prompts.cst_messages("")[:-1]) else 0.06)
-    question = _SAYINGS[language]["weak"][-1]
+    good = random_.random() < (0.97 if whole else 0.06)
+    question = str(_SAYINGS[language]["weak"][-1])
     for template in [*best, *weaker] if good else weaker:
         values = {slot: random_.choice(found or [""]) for slot, found in pieces.items() if f"{{{slot}}}" in template}
         if all(values.values()) and not any(one in other for one, other in itertools.permutations(values.values(), 2)):
             question = template.format(**values)
             break
-    return task.prompts.cst_reply(question, halve(task.last, second_best=random_.random() < 0.3))
+    return question
 
 
 _ZH_CLAUSE = re.compile(r"(?:[^\W_]|[.%](?=\d)|(?<=\d)[,%])+")
@@ -184,6 +207,8 @@ def _english(sentence: str) -> list[tuple[str, str]]:
 def _answer(task: Task) -> str:
     """The sentences that bear on the question, together about as long as the answers shown."""
     context, question = task.parts(task.prompts.labels.question)
+    label = f"\n\n{task.prompts.line(task.prompts.labels.focus, '')}"
+    context = context.rpartition(label)[2]  # the part in question, if one is named
     language, asked = text.language(question), _content(question)
     turns = task.fixed.split(f"\n\n{task.prompts.line(task.prompts.labels.question, '')}")[1:]
     shown = [turn.partition("\n\n")[2].partition(task.prompts.end_of_reply()[0])[0] for turn in turns]

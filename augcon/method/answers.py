@@ -4,10 +4,12 @@ import dataclasses
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from augcon.data import Answer, Ask, Example, Query, Request
 from augcon.method.ask import ask_until_parsed
+from augcon.method.diversity import Sweep
 from augcon.text.checks import parse_answer
 from augcon.text.parse import bare_answer, parse_grade
 from augcon.text.prompts import Prompts
@@ -124,16 +126,38 @@ async def try_examples(
 
 
 async def answer_query(
-    ask: Ask, prompts: Prompts, shown: Sequence[Example], query: Query, rules: AnswerRules
+    ask: Ask, prompts: Prompts, shown: Sequence[Example], query: Query, context: str, rules: AnswerRules
 ) -> Answer:
-    """Answers a query from its context, asking again until an answer passes. Raises what ``ask`` raises."""
-    request = _request(prompts, shown, query.context, query.text, rules)
+    """Answers a query, asking again until an answer passes. Raises what ``ask`` raises.
+
+    ``context`` is that of the query or a larger one around it.
+    """
+    request = _request(prompts, shown, context, query.text, rules, query.context)
+    within = dataclasses.replace(query, context=context)
     answer = await ask_until_parsed(
-        ask, request, rules.answer_tries, lambda reply: parse_answer(reply, query, prompts, shown)
+        ask, request, rules.answer_tries, lambda reply: parse_answer(reply, within, prompts, shown)
     )
     return Answer(query, answer.value, answer.tries, answer.reason, "" if answer.value else answer.reply)
 
 
-def _request(prompts: Prompts, shown: Sequence[Example], context: str, question: str, rules: AnswerRules) -> Request:
-    messages = prompts.answer_messages(shown, context, question)
+def thin_out(answers: Iterable[Answer], articles: Mapping[int, int], alike: float) -> Iterator[Answer]:
+    """The answers, without those that say what an earlier one on the same article says (AugCon's own).
+
+    ``articles`` has the article of each root context; ``alike`` is the threshold of ``Sweep``.
+    """
+    sweeps = defaultdict[int | tuple[int], Sweep](lambda: Sweep(alike))
+    for answer in answers:
+        sweep = sweeps[articles.get(answer.query.root, (answer.query.root,))]
+        if answer.text is not None and sweep.has_like(answer.text):
+            yield dataclasses.replace(answer, text=None, reason="says what another answer says", reply=answer.text)
+            continue
+        if answer.text is not None:
+            sweep.add(answer.text)
+        yield answer
+
+
+def _request(
+    prompts: Prompts, shown: Sequence[Example], context: str, question: str, rules: AnswerRules, focus: str = ""
+) -> Request:
+    messages = prompts.answer_messages(shown, context, question, focus)
     return Request(messages, rules.answer_temperature, rules.answer_max_tokens, text_end=prompts.end_of_reply())

@@ -9,6 +9,8 @@ from augcon.text.parse import Unparseable
 
 Parsed = TypeVar("Parsed")
 WARMER = 0.7  # the temperature of further tries if the first was at 0, where the same reply would come again
+CUT_OFF = "cut off"
+_MOST_CUT_OFF = 2  # replies after which a further one would hardly fit either
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,15 +32,19 @@ class Asked(Generic[Parsed]):
 async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callable[[str], Parsed]) -> Asked[Parsed]:
     """What ``parse`` makes of the reply. If it raises Unparseable, another sample is asked for, up to ``tries`` in all.
 
-    Raises what ``ask`` raises, except Refused.
+    Two replies that were cut off end it too. Raises what ``ask`` raises, except Refused.
     """
     asked: Asked[Parsed] = Asked(None, 0, "never asked")
+    cut_off = 0
     for attempt in range(1, tries + 1):
         try:
             reply = await ask(request)
             if reply.complete:
                 return Asked(parse(reply.text), attempt, reply=reply.text)
-            asked = Asked(None, attempt, "cut off", reply.text)
+            asked = Asked(None, attempt, CUT_OFF, reply.text)
+            cut_off += 1
+            if cut_off == _MOST_CUT_OFF:
+                break
         except Unparseable as error:
             asked = Asked(None, attempt, str(error), reply.text)
         except Refused as error:

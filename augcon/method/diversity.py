@@ -16,6 +16,13 @@ def rouge_l_precision(candidate: Sequence[str], reference: Sequence[str]) -> flo
     return LCSseq.similarity(candidate, reference) / len(candidate) if candidate else 1.0
 
 
+def likeness(one: str, other: str) -> float:
+    """The lower of the ROUGE-L precisions of two texts against each other; 0 if either has no words."""
+    cut, other_cut = words(one), words(other)
+    longer = max(len(cut), len(other_cut))
+    return LCSseq.similarity(cut, other_cut) / longer if cut and other_cut else 0.0
+
+
 # Each word is one character, in the order of first sight. So a query is a short string, and compared a hundred times as
 # fast as a list of words. Past a million words, two may share a character.
 _CHARACTERS: defaultdict[str, str] = defaultdict(lambda: chr((len(_CHARACTERS) + 1) % 0x110000))

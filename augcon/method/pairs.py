@@ -5,11 +5,13 @@ import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
 
-from augcon.data import Ask, Query, Request, ScorerPair
+from augcon.data import Ask, Query, RootContext, ScorerPair
 from augcon.method.ask import ask_until_parsed
-from augcon.method.tree import TreeRules
+from augcon.method.diversity import likeness
+from augcon.method.questions import ALIKE
+from augcon.method.tree import TreeRules, question_request
 from augcon.ordered import map_in_order
-from augcon.text.parse import parse_question
+from augcon.text.parse import Unparseable, parse_question
 from augcon.text.prompts import Prompts
 
 PromptsFor = Callable[[int], Prompts]  # the prompts for a root context by its number
@@ -24,6 +26,7 @@ _BALANCED = 0.8
 async def make_pairs(
     ask: Ask,
     prompts_for: PromptsFor,
+    roots: Sequence[RootContext],
     queries: Sequence[Query],
     negatives: int,
     rules: TreeRules,
@@ -37,7 +40,7 @@ async def make_pairs(
     order = random.Random(seed).sample(queries, len(queries))
     third = len(order) // len(NEGATIVES)
     for number, kind in enumerate(NEGATIVES):
-        pair = functools.partial(_make_pair, ask, prompts_for, rules, kind)
+        pair = functools.partial(_make_pair, ask, prompts_for, roots, rules, kind)
         reserve, made = order[number * third : (number + 1) * third], 0
         while reserve and made < negatives:
             batch, reserve = reserve[: negatives - made], reserve[negatives - made :]
@@ -46,20 +49,21 @@ async def make_pairs(
                 yield outcome
 
 
-async def _make_pair(ask: Ask, prompts_for: PromptsFor, rules: TreeRules, kind: str, query: Query) -> ScorerPair | str:
+async def _make_pair(
+    ask: Ask, prompts_for: PromptsFor, roots: Sequence[RootContext], rules: TreeRules, kind: str, query: Query
+) -> ScorerPair | str:
     prompts = prompts_for(query.root)
-    request = Request(
-        prompts.cst_messages(query.context, **NEGATIVES[kind]),
-        rules.query_temperature,
-        rules.query_max_tokens,
-        end=prompts.end_of_question(),
-        pattern=prompts.question_pattern(),
-    )
-    worse = await ask_until_parsed(ask, request, rules.tries, lambda text: parse_question(text, prompts))
+
+    def read(reply: str) -> str:
+        worse = parse_question(reply, prompts)
+        if likeness(worse, query.text) >= ALIKE:
+            raise Unparseable("like the good one")
+        return worse
+
+    request = question_request(prompts, roots[query.root], query.context, rules, **NEGATIVES[kind])
+    worse = await ask_until_parsed(ask, request, rules.tries, read)
     if worse.value is None:
         return worse.reason
-    if "".join(worse.value.split()) == "".join(query.text.split()):
-        return "equal to the good one"
     return ScorerPair(query.context, query.text, worse.value, kind, query.root, query.id)
 
 

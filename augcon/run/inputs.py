@@ -62,7 +62,9 @@ def prompts_for(text: str, chosen: Literal["auto"] | Language) -> Prompts:
 def tree_inputs(settings: Inputs, roots: Sequence[RootContext], chosen: Literal["auto"] | Language) -> dict[str, Any]:
     """What step 1 is made with, as far as it is known before a server answers."""
     languages = {prompts_for(root.text, chosen).language for root in roots}
-    prompts = {f"content of the prompts ({of})": load_prompts(of).cst_digest() for of in sorted(languages)}
+    prompts = {
+        f"content of the prompts ({of})": load_prompts(of).tree_digest(settings["split"]) for of in sorted(languages)
+    }
     corpus = digest([dataclasses.astuple(root) for root in roots])
     return {**settings, **prompts, "content of the corpus as cut": corpus}
 

@@ -1,15 +1,19 @@
 """The figures at the end of a step."""
 
+import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from augcon.data import Answer
+from augcon.data import Answer, ScorerPair
 from augcon.errors import one_line
 from augcon.llm.client import LLM
 from augcon.method.answers import Search
-from augcon.method.tree import Grown
+from augcon.method.diversity import likeness
+from augcon.method.pairs import NEGATIVES
+from augcon.method.questions import COPY
+from augcon.method.tree import Grown, coverage
 from augcon.text.units import language, length
 
 
@@ -31,6 +35,7 @@ class TreeFigures:
         self.sums: Counter[str] = Counter()
         self.outcomes: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
+        self.covered: list[tuple[int, list[float]]] = []  # of each tree, the length of its root and its coverage
         self.short: list[dict[str, int | str]] = []  # roots short of their quota, with the reason
 
     def add(self, grown: Grown) -> None:
@@ -39,9 +44,12 @@ class TreeFigures:
         self.sums.update(passes=grown.passes, refills=grown.refills)
         for node in grown.nodes:
             self.outcomes[node.outcome] += 1
-            self.sums.update(again=max(0, node.tries - 1), queries=len(node.queries))
-            if node.query is None and node.detail:
+            self.sums.update(again=max(0, node.tries - 1), queries=len(node.queries), doubtful=bool(node.doubt))
+            self.sums.update(copies=node.detail == COPY, cut=node.detail.endswith("cut in the middle"))
+            if node.query is None and node.detail not in {"", COPY}:
                 self.lost[f"{node.outcome}: {node.detail}"] += 1
+        for _, tree in itertools.groupby(grown.nodes, lambda node: node.pass_number):
+            self.covered.append((grown.root.length, coverage(grown.root, list(tree))))
         if grown.shortfall:
             self.short.append({"root": grown.root.root, "quota": grown.root.quota, "reason": grown.shortfall})
 
@@ -51,14 +59,41 @@ class TreeFigures:
         print(
             f"trees:   {self.outcomes.total():,} nodes in {of['passes']:,} passes: {format_counts(self.outcomes)}"
             + (f"; {of['refills']:,} of the passes for roots that step 2 left short" if of["refills"] else "")
-            + (f"; asked again {of['again']:,} times for a reply that can be parsed" if of["again"] else "")
+            + (f"; asked again {of['again']:,} times" if of["again"] else "")
+            + (f"; {of['cut']:,} cut in the middle" if of["cut"] else "")
         )
         if self.lost:
             print(f"lost:    {format_counts(self.lost)}")
+        print(f"covered: {self._coverage()}")
         share = f"{of['diverse'] / of['quota']:.2f} of the quota"
-        print(f"queries: {of['queries']:,}, of which mutually diverse within their root {of['diverse']:,} ({share})")
+        print(
+            f"queries: {of['queries']:,}, of which mutually diverse within their root {of['diverse']:,} ({share})"
+            + (f"; {of['doubtful']:,} name what their context does not hold" if of["doubtful"] else "")
+            + (f"; {of['copies']:,} copies of the question above left out" if of["copies"] else "")
+        )
         rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
         print(f"roots:   {of['roots'] - len(self.short):,} of {of['roots']:,} have their quota{rest}")
+
+    def _coverage(self) -> str:
+        """The share of the corpus that asked leaves hold, by depth; a tree that ends above stays as it is."""
+
+        def mean(depth: int) -> float:
+            shares = ((length, of[min(depth, len(of) - 2)] if depth >= 0 else of[-1]) for length, of in self.covered)
+            return sum(length * share for length, share in shares) / sum(length for length, _ in self.covered)
+
+        depths = max(len(of) for _, of in self.covered) - 1
+        words = " ".join(f"{mean(depth):.2f}" for depth in range(depths))
+        return f"{words} of the text by asked leaves, by depth from 0; with parts too short to be asked {mean(-1):.2f}"
+
+
+def print_pairs(pairs: Sequence[ScorerPair], lost: Counter[str]) -> None:
+    """Prints the figures of the scorer's pairs, and how alike the better and the worse question are."""
+    print(f"pairs:   {len(pairs):,} for the scorer" + (f"; thrown away: {format_counts(lost)}" if lost else ""))
+    if pairs:
+        print("  worse question by            pairs  words shared with the better one (ROUGE-L)")
+    for kind in NEGATIVES:
+        if shared := [likeness(pair.pos_query, pair.neg_query) for pair in pairs if pair.type == kind]:
+            print(f"  {kind:<26} {len(shared):>7,}  {statistics.fmean(shared):.2f}")
 
 
 def print_search(search: Search) -> None:

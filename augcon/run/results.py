@@ -156,4 +156,5 @@ def _node_row(node: Node) -> dict[str, object]:
         "outcome": node.outcome,
         "detail": node.detail,
         "tries": node.tries,
+        "doubt": node.doubt,
     }

@@ -7,6 +7,7 @@ begins at the first line after the part before that starts with its label; the q
 import functools
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from augcon.data import Grades, Split
 from augcon.text.prompts import Prompts, disarm
@@ -18,6 +19,7 @@ SHORTEST_QUESTION = 5  # characters
 _QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
 _HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Text|Half)"
 _NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
+_CUT = r"(?:分开处|分割处|切分处|Cut(?: after)?|Split(?: after)?)"
 _ANSWER = ("答案", "回答", "答", "Answer")
 _GRADE = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
 _IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?+"  # before and after a grade
@@ -33,6 +35,13 @@ def parse_split(reply: str, prompts: Prompts) -> Split:
     if len(halves) < 2:
         raise Unparseable("no halves")
     return Split(_question(question, prompts), (_half(halves[0]), _half(halves[1])))
+
+
+def parse_focus(reply: str, prompts: Prompts) -> tuple[str, int]:
+    """The query, and the number of the sentence to cut after, or -1. Raises Unparseable if there is no query."""
+    question, *cut = _parts(reply, prompts, ((prompts.labels.cut, _CUT),))
+    number = re.search(r"\d{1,4}", cut[0]) if cut else None
+    return _question(question, prompts), int(number[0]) if number else -1
 
 
 def parse_question(reply: str, prompts: Prompts) -> str:
@@ -95,12 +104,16 @@ def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
     raise Unparseable(reason)
 
 
-def _parts(reply: str, prompts: Prompts) -> list[str]:
-    """What follows the question's label and each half's, up to the first that is missing."""
+def _parts(reply: str, prompts: Prompts, following: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """What follows the question's label and each label after it, up to the first that is missing.
+
+    ``following`` are those labels with patterns of others in their place; where there are none, the halves'.
+    """
     text = without_thinking(reply)
-    labels = (prompts.labels.question, *prompts.labels.halves)
+    numbered = (f"{_HALF} ?{number}" for number in _NUMBER)
+    halves = zip(prompts.labels.halves, numbered, strict=True)
     found: list[re.Match[str]] = []
-    for ours, others in zip(labels, (_any_of(*_QUESTION), *(f"{_HALF} ?{number}" for number in _NUMBER)), strict=True):
+    for ours, others in ((prompts.labels.question, _any_of(*_QUESTION)), *(following or halves)):
         # Other words for a label count only where ours is missing, since talk and the text may hold them.
         for kind in (_any_of(ours), others):
             if label := _label_line(kind).search(text, found[-1].end() if found else 0):
@@ -142,7 +155,8 @@ def _question(written: str, prompts: Prompts) -> str:
         raise Unparseable("question too short")
     if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
         raise Unparseable("no question, only its place")
-    if any(question == example.question for example in prompts.cst.examples):
+    shown = {example.question for example in prompts.cst.examples} | {e.question for e in prompts.focus.examples}
+    if question in shown:
         raise Unparseable("question of an example")
     if disarm(question) != question:
         raise Unparseable("control mark")

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo
 
@@ -29,6 +29,8 @@ class Labels(_Section):
     context: Text
     question: Text
     halves: tuple[Text, Text]
+    focus: Text
+    cut: Text
     answer: Text
     reference: Text
     grade: Text
@@ -47,6 +49,18 @@ class WorkedExample(_Section):
 class Tree(Instruction):
     weak_instruction: Text
     examples: tuple[WorkedExample, ...] = Field(min_length=1)
+
+
+class FocusExample(_Section):
+    sentences: tuple[Text, ...]
+    focus: tuple[int, int]  # the first and the last sentence that the question is about, from 1
+    question: Text
+    cut: int
+
+
+class Focus(Instruction):
+    weak_instruction: Text
+    examples: tuple[FocusExample, ...] = Field(min_length=1)
 
 
 class Judge(Instruction):
@@ -87,6 +101,7 @@ class Prompts(_Section):
     language: Language
     labels: Labels
     cst: Tree
+    focus: Focus
     answer: Instruction
     checks: Checks
     grade: Instruction
@@ -111,12 +126,37 @@ class Prompts(_Section):
         parts = zip((self.labels.question, *self.labels.halves), (question, *halves), strict=True)
         return "\n".join(self.line(label, content) for label, content in parts)
 
-    def answer_messages(self, examples: Sequence[Example], context: str, question: str) -> list[Message]:
-        """Asks for an answer: the instruction, the examples, then the context and the question."""
+    def focus_messages(
+        self, sentences: Sequence[str], first: int, end: int, *, weak: bool = False, examples: int | None = None
+    ) -> list[Message]:
+        """Asks for the query about ``sentences[first:end]`` of a context and where to cut them; see ``cst_messages``.
+
+        The context comes before what is asked of it, so that a prefix cache serves it for the whole tree.
+        """
+        turns = []
+        for example in self.focus.examples[:examples]:
+            begin, last = example.focus
+            reply = (self.labels.question, example.question), (self.labels.cut, str(example.cut))
+            turns += [self._numbered(example.sentences, begin - 1, last), "\n".join(self.line(*part) for part in reply)]
+        instruction = self.focus.weak_instruction if weak else self.focus.instruction
+        return _turns(instruction, [*turns, self._numbered(sentences, first, end)])
+
+    def _numbered(self, sentences: Sequence[str], first: int, end: int) -> str:
+        listed = "\n".join(f"[{number}] {sentence.strip()}" for number, sentence in enumerate(sentences, 1))
+        focus = f"[{first + 1}]" if end - first == 1 else f"[{first + 1}]–[{end}]"
+        return f"{self._context(listed)}\n\n{self.line(self.labels.focus, focus)}"
+
+    def answer_messages(
+        self, examples: Sequence[Example], context: str, question: str, focus: str = ""
+    ) -> list[Message]:
+        """Asks for an answer: the instruction, the examples, then the context and the question.
+
+        ``focus`` is the part of the context that the question is about; it is left out where it is the whole.
+        """
         turns = []
         for example in examples:
             turns += [self._ask(example.context, example.question), example.answer]
-        return _turns(self.answer.instruction, [*turns, self._ask(context, question)])
+        return _turns(self.answer.instruction, [*turns, self._ask(context, question, focus)])
 
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
@@ -145,6 +185,10 @@ class Prompts(_Section):
         longest = 120 if self.language == "zh" else 300
         return self.line(_literal(self.labels.question), rf"[^\n]{{5,{longest}}}")
 
+    def focus_pattern(self) -> str:
+        """What replies to ``focus_messages`` match."""
+        return r"\n".join([self.question_pattern(), self.line(_literal(self.labels.cut), "[0-9]{1,3}")])
+
     def grade_pattern(self) -> str:
         """What replies to ``grade_messages`` match."""
         return self.line(_literal(self.labels.grade), "([1-9]|10)")
@@ -158,16 +202,16 @@ class Prompts(_Section):
         return self.line(_literal(self.judge.verdict), f"({'|'.join(map(_literal, self.judge.verdicts))})")
 
     def end_of_question(self) -> tuple[str, ...]:
-        """Stop strings after the question, for when the halves are not needed."""
-        return tuple(f"\n{self.labels.halves[0]}{colon}" for colon in "：:")
+        """Stop strings after the question, for when what follows is not needed."""
+        return tuple(f"\n{label}{colon}" for label in (self.labels.halves[0], self.labels.cut) for colon in "：:")
 
     def end_of_reply(self) -> tuple[str, ...]:
         """Stop strings for the completions endpoint, where a model goes on with another example."""
         return (f"\n\n{self._context('')}",)
 
-    def cst_digest(self) -> str:
-        """A digest of what the Context-Split-Tree is asked with."""
-        return _digest(self.labels, self.cst)
+    def tree_digest(self, split: Literal["rewrite", "focus"]) -> str:
+        """A digest of what trees are asked with."""
+        return _digest(self.labels, self.focus if split == "focus" else self.cst)
 
     def answer_digest(self) -> str:
         """A digest of what answers are asked, checked and graded with."""
@@ -179,8 +223,9 @@ class Prompts(_Section):
     def _lines(self, *parts: tuple[str, str]) -> str:
         return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
 
-    def _ask(self, context: str, question: str) -> str:
-        return f"{self._context(context)}\n\n{self._lines((self.labels.question, question))}"
+    def _ask(self, context: str, question: str, focus: str = "") -> str:
+        part = [(self.labels.focus, focus)] if focus.strip() not in ("", context.strip()) else []
+        return f"{self._context(context)}\n\n{self._lines(*part, (self.labels.question, question))}"
 
 
 def _turns(instruction: str, turns: list[str]) -> list[Message]:

@@ -1,0 +1,107 @@
+"""Trees without rewriting (AugCon's own): the model sees the whole root context with its sentences numbered, is asked
+about some of them in a row, and names the one to cut after. Nothing is rewritten, so nothing is lost or made up."""
+
+import asyncio
+import bisect
+import functools
+import itertools
+import re
+from typing import TYPE_CHECKING, Any
+
+from augcon.data import Ask, Message, Node, Request, RootContext
+from augcon.method.ask import ask_until_parsed
+from augcon.method.questions import Draft
+from augcon.text.parse import parse_focus
+from augcon.text.prompts import Prompts
+from augcon.text.units import length, sentences
+
+if TYPE_CHECKING:
+    from augcon.method.tree import TreeRules
+
+_CLAUSE_END = re.compile(r"[，；：]|[,;:—](?=\s)")
+
+
+def split_sentences(text: str, min_length: int) -> list[str]:
+    """The sentences of a root context. One that is long enough for two queries is cut at the clause nearest its middle.
+
+    Joined, they give back the text.
+    """
+    return list(itertools.chain(*(_split_clauses(sentence, min_length) for sentence in sentences(text))))
+
+
+def _split_clauses(sentence: str, min_length: int) -> list[str]:
+    if length(sentence) < 2 * min_length:
+        return [sentence]
+    cuts = [(sentence[: end.end()], sentence[end.end() :]) for end in _CLAUSE_END.finditer(sentence)]
+    lengths = [(min(map(length, cut)), cut) for cut in cuts]
+    shortest, cut = max(lengths, default=(0, ("", "")), key=lambda measured: measured[0])
+    if shortest < min_length / 2:
+        return [sentence]
+    return [*_split_clauses(cut[0], min_length), *_split_clauses(cut[1], min_length)]
+
+
+def messages(prompts: Prompts, root: RootContext, context: str, min_length: int, **weaker: Any) -> list[Message]:
+    """Asks about a context that is a part of its root; ``weaker`` as in ``Prompts.focus_messages``."""
+    listed = split_sentences(root.text, min_length)
+    ends = list(itertools.accumulate(map(len, listed)))
+    start = max(0, root.text.find(context))
+    first = bisect.bisect_right(ends, start)
+    last = bisect.bisect_left(ends, min(start + len(context), ends[-1]))
+    return prompts.focus_messages(listed, first, last + 1, **weaker)
+
+
+async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeRules", pass_number: int) -> list[Node]:
+    """Like ``tree.grow_tree``. A cut that will not do is replaced by the middle, so no split is asked for twice."""
+    listed = split_sentences(root.text, rules.min_length)
+    before = list(itertools.accumulate(map(length, listed), initial=0))
+    sample = pass_number * rules.tries
+
+    async def grow(first: int, end: int, path: str, above: str | None) -> list[Node]:
+        context = "".join(listed[first:end]).strip()
+        node = functools.partial(Node, root.root, pass_number, path, context)
+        if before[end] - before[first] < rules.min_length:
+            return [node(None, "too short")]
+        draft, told = Draft(root.text, above), -1
+
+        def read(reply: str) -> bool:
+            nonlocal told
+            question, told = parse_focus(reply, prompts)
+            draft.offer(question)
+            return True
+
+        request = Request(
+            prompts.focus_messages(listed, first, end),
+            rules.query_temperature,
+            rules.query_max_tokens,
+            sample,
+            text_end=prompts.end_of_reply(),
+            pattern=prompts.focus_pattern(),
+        )
+        asked = await ask_until_parsed(ask, request, rules.tries, read)
+        if asked.value is None:
+            return [node(None, "failed" if asked.refused else "not parseable", asked.reason, asked.tries)]
+        again = prompts.end_of_question(), prompts.question_pattern()
+        request = Request(
+            request.messages, request.temperature, request.max_tokens, sample + asked.tries, again[0], pattern=again[1]
+        )
+        tries = asked.tries + await draft.improve(ask, prompts, request, rules.tries - asked.tries)
+        mine = functools.partial(node, draft.kept, "done", tries=tries, doubt=draft.doubt)
+        detail = "" if draft.kept else draft.fault
+        if end - first == 1:
+            return [mine(detail)]
+        cut = _cut(before, first, end, told, rules.min_length)
+        question = draft.question
+        halves = await asyncio.gather(grow(first, cut, f"{path}1", question), grow(cut, end, f"{path}2", question))
+        return [mine(detail or ("" if cut == told else "cut in the middle")), *itertools.chain(*halves)]
+
+    return await grow(0, len(listed), "", None)
+
+
+def _cut(before: list[int], first: int, end: int, told: int, min_length: int) -> int:
+    """Where to cut: after the sentence ``told``, unless it leaves a half too short that the middle would not."""
+
+    def shorter(cut: int) -> int:
+        return min(before[cut] - before[first], before[end] - before[cut])
+
+    middle = max(range(first + 1, end), key=shorter)
+    return told if first < told < end and shorter(told) >= min(min_length, shorter(middle)) else middle
