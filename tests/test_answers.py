@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from augcon.data import Answer, Example, Query, Refused, Reply, Request
 from augcon.errors import UserError
-from augcon.method.answers import AnswerRules, Graded, Search, answer_query, plan_search, try_examples
+from augcon.method.answers import AnswerRules, Graded, Search, answer_query, plan_search, thin_out, try_examples
 from augcon.run.inputs import read_examples
 from augcon.text.prompts import load_prompts
 
@@ -99,7 +99,7 @@ def attempt(model: Model, rules: AnswerRules = RULES) -> Graded:
 
 
 def answer(model: Model, shown: list[Example]) -> Answer:
-    return asyncio.run(answer_query(model, ZH, shown, ASKED, RULES))
+    return asyncio.run(answer_query(model, ZH, shown, ASKED, ASKED.context, RULES))
 
 
 def test_a_left_out_example_is_answered_then_graded_against_the_human_answer():
@@ -188,3 +188,33 @@ def test_a_bad_file_of_examples_is_named_with_its_line(tmp_path: Path, content: 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"no\.jsonl"):
         read_examples(str(tmp_path / "no.jsonl"))
+
+
+def test_the_whole_root_context_is_shown_with_the_node_in_focus_and_the_answer_is_checked_against_it():
+    model = Model("第五。")
+    asyncio.run(answer_query(model, ZH, [], ASKED, f"前文。{ASKED.context}后文。", RULES))
+    asyncio.run(answer_query(model, ZH, [], ASKED, f"{ASKED.context}\n", RULES))
+    within, alone = (request.messages[-1]["content"] for request in model.requests)
+    assert f"前文。{ASKED.context}后文。\n\n所问部分：{ASKED.context}\n\n问题：{ASKED.text}" in within
+    assert "所问部分：" not in alone.rpartition("文本：")[2]
+
+
+def answered(root: int, text: str | None) -> Answer:
+    return Answer(Query(f"{root}:0:", root, "文本", f"第{root}问？"), text, 1)
+
+
+def test_answers_on_one_article_that_say_the_same_are_thinned_out():
+    said = "面包店每天早上七点开门，晚上九点关门，周日休息。"
+    answers = [
+        answered(0, said),
+        answered(1, said.replace("周日", "周一")),
+        answered(2, said),  # of another article
+        answered(0, "老板是本地人。"),
+        answered(1, None),
+        answered(7, said),  # of an article that nothing is known of
+        answered(7, said),
+    ]
+    kept = list(thin_out(answers, {0: 0, 1: 0, 2: 1}, 0.9))
+    assert [answer.text for answer in kept] == [said, None, said, "老板是本地人。", None, said, None]
+    assert (kept[1].reason, kept[1].reply) == ("says what another answer says", answers[1].text)
+    assert list(thin_out(answers, {0: 0, 1: 0, 2: 1}, 1.0))[1].text is not None

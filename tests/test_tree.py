@@ -1,6 +1,7 @@
 """The Context-Split-Tree against models played by small functions (no model runs here)."""
 
 import asyncio
+import dataclasses
 import itertools
 import math
 from collections import Counter
@@ -8,15 +9,32 @@ from collections.abc import Callable
 
 import pytest
 
-from augcon.data import Node, Query, Refused, Reply, Request, RootContext, ScorerPair
+from augcon.data import TOO_LONG, Node, Query, Refused, Reply, Request, RootContext, ScorerPair
 from augcon.method import pairs
-from augcon.method.tree import TreeRules, fill_root, grow_tree
+from augcon.method.questions import COPY
+from augcon.method.tree import TreeRules, coverage, fill_root, grow_tree
 from augcon.text.prompts import load_prompts
 from augcon.text.units import length, sentences
 
 PROMPTS = load_prompts("zh")
 RULES = TreeRules()
 TEXT = "".join(f"第{word}条街上新开了一家面包店，每天早上{word}点开门。" for word in "一二三四五六七八")
+SUBJECTS = [
+    "面包",
+    "牛奶",
+    "房租",
+    "医保",
+    "电梯",
+    "公园",
+    "菜价",
+    "快递",
+    "天气",
+    "学校",
+    "地铁",
+    "养老",
+    "书店",
+    "停车",
+]
 
 
 def root_of(text: str, quota: int = 3) -> RootContext:
@@ -47,7 +65,9 @@ class Model:
         context = context_of(request)
         answer = self.odd(context, request)
         if answer is None:
-            answer = PROMPTS.cst_reply(f"第{len(self.asked)}问：{context[:6]}有什么要紧的？", halves_of(context))
+            n = len(self.asked)
+            question = f"{SUBJECTS[n % 14]}对{SUBJECTS[(n * 5 + 3) % 14]}有什么要紧的？"
+            answer = PROMPTS.cst_reply(question, halves_of(context))
         return answer if isinstance(answer, Reply) else Reply(answer, complete=True)
 
 
@@ -86,12 +106,112 @@ def test_the_query_is_kept_where_a_half_is_hallucinated_and_the_halves_are_not()
 
     nodes = grow(Model(invents))
     assert Counter(node.outcome for node in nodes) == {"done": 1, "hallucinated": 2}
-    assert all(node.query for node in nodes)
+    assert all(node.query or node.detail == COPY for node in nodes)
 
 
-def test_a_half_no_shorter_than_its_context_ends_the_branch():
-    nodes = grow(Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", (context, ""))))
-    assert [(node.outcome, node.detail) for node in nodes] == [("done", "not shorter")]
+LOSES = ("".join(sentences(TEXT)[:2]), "".join(sentences(TEXT)[6:]))
+BAD_SPLITS = {
+    "not shorter": (TEXT, ""),
+    "hallucinated": (halves_of(TEXT)[0], "月亮背面的宇航员昨夜梦见了一片蓝色大海和许多鲸鱼。"),
+    "loses text": LOSES,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SPLITS)
+def test_a_bad_split_is_asked_for_again_and_the_first_question_is_kept(kind: str):
+    def bad_twice(context: str, request: Request) -> str | None:
+        if context == TEXT and request.sample < 2:
+            return PROMPTS.cst_reply(f"面包店第{request.sample}次几点开门呢？", BAD_SPLITS[kind])
+        return None
+
+    nodes = grow(Model(bad_twice))
+    assert (nodes[0].outcome, nodes[0].tries, nodes[0].query) == ("done", 3, "面包店第0次几点开门呢？")
+    assert len(nodes) > 7
+
+
+@pytest.mark.parametrize("kind", BAD_SPLITS)
+def test_a_split_that_stays_bad_ends_the_branch_with_its_kind(kind: str):
+    model = Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", BAD_SPLITS[kind]))
+    (node,) = grow(model)
+    assert (node.outcome, node.query, node.tries) == (kind, "面包店几点开门呢？", RULES.tries)
+
+
+@pytest.mark.parametrize("kind", BAD_SPLITS)
+def test_or_is_cut_at_the_sentence_end_nearest_the_middle_and_the_tree_goes_on(kind: str):
+    def bad(context: str, _: Request) -> str | None:
+        return PROMPTS.cst_reply("面包店几点开门呢？", BAD_SPLITS[kind]) if context == TEXT else None
+
+    nodes = grow(Model(bad), rules=dataclasses.replace(RULES, bad_split="cut"))
+    assert (nodes[0].outcome, nodes[0].detail) == (kind, "cut in the middle")
+    by_path = {node.path: node.context for node in nodes}
+    assert (by_path["1"], by_path["2"]) == halves_of(TEXT)
+    assert coverage(root_of(TEXT), nodes)[-1] == 1
+
+
+def test_a_single_sentence_that_does_not_divide_is_asked_once():
+    text = "第一条街上新开了一家面包店，每天早上一点开门，晚上十点关门。"
+    model = Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", (text, "")))
+    (node,) = grow(model, text)
+    assert (node.outcome, node.tries, len(model.asked)) == ("not shorter", 1, 1)
+
+
+def test_talk_after_the_second_half_is_no_part_of_it():
+    def chatty(context: str, request: Request) -> str | None:
+        if context != TEXT:
+            return None
+        return PROMPTS.cst_reply("面包店几点开门呢？", halves_of(TEXT)) + "\n\n希望以上拆分对您有所帮助！"
+
+    assert [node.context for node in grow(Model(chatty)) if node.path == "2"] == [halves_of(TEXT)[1]]
+
+
+@pytest.mark.parametrize("why", ["cut off", "refused"])
+def test_a_context_too_large_for_the_model_is_cut_by_us(why: str):
+    def overflows(context: str, _: Request) -> Reply | None:
+        if context != TEXT:
+            return None
+        if why == "refused":
+            raise Refused(TOO_LONG)
+        return Reply(f"问题：面包店几点开门呢？\n片段1：{context[:50]}", complete=False)
+
+    model = Model(overflows)
+    nodes = grow(model)
+    assert nodes[0].query == ("面包店几点开门呢？" if why == "cut off" else None)
+    assert nodes[0].detail.endswith("cut in the middle") and len(nodes) > 7
+    assert sum(context_of(request) == TEXT for request in model.asked) == (2 if why == "cut off" else 1)
+
+
+def test_an_ungrounded_question_is_asked_again_alone_then_marked():
+    def dreams(context: str, request: Request) -> str | None:
+        question = f"{request.sample}号桥头的1987年《月亮报》讲了什么？"
+        return PROMPTS.cst_reply(question, halves_of(context)) if context == TEXT else None
+
+    model = Model(dreams)
+    root = grow(model)[0]
+    of_root = [request for request in model.asked if context_of(request) == TEXT]
+    assert [bool(request.end) for request in of_root] == [False, True, False, False]  # a stop string is used once
+    assert root.query == "0号桥头的1987年《月亮报》讲了什么？" and "1987" in root.doubt
+    better = Model(lambda context, request: dreams(context, request) if request.sample < 2 else None)
+    root = grow(better)[0]
+    assert (root.doubt, root.tries) == ("", 3) and root.query and root.query.endswith("有什么要紧的？")
+
+
+def test_a_copy_of_the_question_above_is_not_kept_and_the_tree_goes_on():
+    same = Model(lambda context, _: PROMPTS.cst_reply("面包店每天几点开门呢？", halves_of(context)))
+    nodes = grow(same)
+    assert [node.query for node in nodes if node.query] == ["面包店每天几点开门呢？"]
+    assert nodes[1].detail == COPY and len(nodes) > 7
+
+
+def test_coverage_tells_by_depth_what_the_asked_leaves_hold():
+    text = "街上有面包店。" * 6
+    nodes = [
+        Node(0, 0, "", text, "问", "loses text"),
+        Node(0, 0, "1", text[:14], "问", "done"),
+        Node(0, 0, "2", text[14:21], None, "too short"),
+    ]
+    assert coverage(root_of(text), nodes) == pytest.approx([1, 2 / 6, 3 / 6])
+    assert coverage(root_of(text), nodes[:1]) == [1, 1]
+    assert coverage(root_of("短。"), [Node(0, 0, "", "短。", None, "too short")]) == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -100,13 +220,12 @@ def test_a_half_no_shorter_than_its_context_ends_the_branch():
         "",
         "好的。",
         "问题：短\n片段1：甲\n片段2：乙",
-        Reply(PROMPTS.cst_reply("这是被截断的吗？", ("甲", "乙")), complete=False),
     ],
 )
 def test_a_bad_reply_is_asked_again_with_a_fresh_sample(bad: str | Reply):
     model = Model(lambda context, request: bad if request.sample % RULES.tries < RULES.tries - 1 else None)
     nodes = grow(model)
-    assert {node.outcome for node in nodes} <= {"done", "too short"}
+    assert {node.outcome for node in nodes} <= {"done", "not shorter"}
     of_root = [request.sample for request in model.asked if context_of(request) == TEXT]
     assert of_root == [0, 1, 2, 3] and nodes[0].tries == 4
 
@@ -123,11 +242,11 @@ def test_a_node_that_never_parses_ends_alone_and_its_siblings_go_on():
 def test_a_refused_node_fails_alone_with_its_reason():
     def too_long(context: str, _: Request) -> None:
         if context == halves_of(TEXT)[1]:
-            raise Refused("context too long for the model")
+            raise Refused("refused with status 400")
 
     nodes = grow(Model(too_long))
     failed = [node for node in nodes if node.outcome == "failed"]
-    assert [(node.path, node.detail) for node in failed] == [("2", "context too long for the model")]
+    assert [(node.path, node.detail) for node in failed] == [("2", "refused with status 400")]
     assert sum(node.path.startswith("1") and node.query is not None for node in nodes) >= 3
 
 
@@ -158,26 +277,10 @@ def test_a_tree_stays_linear_whatever_the_model_returns(keep: str):
 
 def test_passes_are_repeated_until_the_quota_of_diverse_queries_is_covered():
     numbers = itertools.count()
-    subjects = [
-        "面包",
-        "牛奶",
-        "房租",
-        "医保",
-        "电梯",
-        "公园",
-        "菜价",
-        "快递",
-        "天气",
-        "学校",
-        "地铁",
-        "养老",
-        "书店",
-        "停车",
-    ]
 
     def diverse(context: str, _: Request) -> str:
         n = next(numbers)
-        return PROMPTS.cst_reply(f"{subjects[n % 14]}与{subjects[(n * 5 + 3) % 14]}在{n}号", (context, ""))
+        return PROMPTS.cst_reply(f"{SUBJECTS[n % 14]}与{SUBJECTS[(n * 5 + 3) % 14]}在哪里", (context, ""))
 
     result = asyncio.run(fill_root(Model(diverse), PROMPTS, root_of(TEXT, quota=4), RULES))
     assert result.diverse >= math.ceil(1.15 * 4) and result.passes == 5 and result.shortfall == ""
@@ -189,16 +292,25 @@ def test_a_root_whose_queries_repeat_stops_at_max_passes_and_says_why():
     result = asyncio.run(fill_root(same, PROMPTS, root_of(TEXT, quota=4), RULES))
     assert result.passes == RULES.max_passes and result.diverse == 1
     assert result.shortfall == f"1 of 4 diverse queries after {RULES.max_passes} passes"
-    assert [request.sample for request in same.asked] == [p * RULES.tries for p in range(RULES.max_passes)]
+    assert [request.sample for request in same.asked] == list(range(RULES.max_passes * RULES.tries))
 
 
-@pytest.mark.parametrize(("text", "reason"), [("开门了。", "too short"), (TEXT, "failed")])
-def test_a_root_that_can_bear_no_query_is_tried_once_and_says_why(text: str, reason: str):
+@pytest.mark.parametrize(("text", "passes", "reason"), [("开门了。", 1, "too short"), (TEXT, 2, "failed, failed")])
+def test_a_root_that_can_bear_no_query_is_soon_given_up_and_says_why(text: str, passes: int, reason: str):
     def refuses(context: str, _: Request) -> None:
         raise Refused("no")
 
     result = asyncio.run(fill_root(Model(refuses), PROMPTS, root_of(text), RULES))
-    assert (result.passes, result.shortfall) == (1, reason)
+    assert (result.passes, result.shortfall) == (passes, "failed" if passes == 2 else reason)
+
+
+def test_a_pass_that_the_server_refuses_does_not_end_the_others():
+    def once(context: str, request: Request) -> None:
+        if request.sample == 0:
+            raise Refused("failed 6 times")
+
+    result = asyncio.run(fill_root(Model(once), PROMPTS, root_of(TEXT), RULES))
+    assert result.passes > 1 and result.diverse >= 1
 
 
 def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
@@ -217,7 +329,8 @@ def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
 
 def pairs_of(model: Model, queries: list[Query], negatives: int = 100) -> list[ScorerPair | str]:
     async def collect() -> list[ScorerPair | str]:
-        source = pairs.make_pairs(model, lambda root: PROMPTS, queries, negatives, RULES, seed=1, window=8)
+        roots = [root_of(query.context) for query in QUERIES]
+        source = pairs.make_pairs(model, lambda root: PROMPTS, roots, queries, negatives, RULES, seed=1, window=8)
         return [outcome async for outcome in source]
 
     return asyncio.run(collect())
@@ -235,21 +348,25 @@ def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_questio
         for request in model.asked
     )
     assert seen == {(True, 7): 5, (False, 3): 5, (True, 3): 5}
-    assert all(request.end == ("\n片段1：", "\n片段1:") for request in model.asked)
+    assert all(request.end == PROMPTS.end_of_question() for request in model.asked)
+    assert PROMPTS.end_of_question()[:2] == ("\n片段1：", "\n片段1:")
     good = {query.id: (query.root, query.context, query.text) for query in QUERIES}
     assert all(good[pair.id] == (pair.root, pair.context, pair.pos_query) for pair in made)
     assert all(pair.pos_query != pair.neg_query for pair in made)
 
 
-def test_a_negative_equal_to_the_good_query_is_thrown_away_and_replaced_from_the_reserve():
+def test_a_negative_like_the_good_query_is_asked_for_again_then_thrown_away_and_replaced_from_the_reserve():
     def equal(context: str, request: Request) -> str:
         number = int(context.removeprefix(TEXT))
         return f"问题：第{number}家面包店几点开门？" if number % 4 == 0 else "问题：面包怎么样"
 
-    outcomes = pairs_of(Model(equal), QUERIES, negatives=6)
+    model = Model(equal)
+    outcomes = pairs_of(model, QUERIES, negatives=6)
     made = [outcome for outcome in outcomes if isinstance(outcome, ScorerPair)]
     assert Counter(pair.type for pair in made) == dict.fromkeys(pairs.NEGATIVES, 6)
-    assert set(outcomes) - set(made) == {"equal to the good one"}
+    assert set(outcomes) - set(made) == {"like the good one"}
+    thrown_away = len(outcomes) - len(made)
+    assert len(model.asked) == len(made) + RULES.tries * thrown_away
     assert all(pair.pos_query != pair.neg_query for pair in made)
 
 
