@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import email.utils
+import functools
 import itertools
 import json
 import random
@@ -67,6 +68,13 @@ def request(prompt: str, **changes: Any) -> Request:
 async def outcome(awaitable: Awaitable[Any]) -> Any:
     """What it returns or raises."""
     return (await asyncio.gather(awaitable, return_exceptions=True))[0]
+
+
+async def reply_or_refusal(llm: LLM, prompt: object) -> Reply | Refused:
+    try:
+        return await llm.ask(request(str(prompt)))
+    except Refused as error:
+        return error
 
 
 def echo(body: dict[str, Any], before: int) -> Behaviour:
@@ -295,6 +303,7 @@ TOO_LONG = [
     "Make sure that `max_model_len` is no smaller than the number of text tokens.",
     "'max_tokens' or 'max_completion_tokens' is too large: 2000. This model's maximum context length is 4096 tokens "
     "and your request has 2104 input tokens (2000 > 4096 - 2104).",
+    "max_tokens=4096 cannot be greater than max_model_len=2048. Please request fewer output tokens.",
     # llama.cpp, SGLang, TGI, Gemini
     "the request exceeds the available context size. try increasing the context size or enable context shift",
     "The input (5000 tokens) is longer than the model's context length (4096 tokens).",
@@ -309,7 +318,7 @@ def test_a_context_too_long_is_refused_for_that_request_only(store: Store):
         bodies["by code"] = refuses(400, "Please reduce the length of the messages.", "context_length_exceeded")
         bodies["by status"] = answers("Payload Too Large", 413, "text/plain")
         bodies["old vLLM"] = answers(json.dumps({"object": "error", "message": TOO_LONG[0], "code": 40303}), 400)
-        bodies["TGI"] = answers(json.dumps({"error": TOO_LONG[5], "error_type": "validation"}), 422)
+        bodies["TGI"] = answers(json.dumps({"error": TOO_LONG[6], "error_type": "validation"}), 422)
         bodies["Anthropic"] = refuses(400, "prompt is too long: 210000 tokens > 200000 maximum")
         bodies["xinference"] = answers(json.dumps({"detail": TOO_LONG[1]}), 500)
         script = lambda body, before: bodies.get(prompt_of(body)) or echo(body, before)  # noqa: E731
@@ -317,8 +326,61 @@ def test_a_context_too_long_is_refused_for_that_request_only(store: Store):
             for name in bodies:
                 error = await outcome(llm.ask(request(name)))
                 assert isinstance(error, Refused) and "too long" in str(error), name
-            assert len(server.bodies) == len(bodies)
+            assert len(server.bodies) == 2 * len(bodies)  # each once more, without max_tokens
             assert (await llm.ask(request("short"))).text == "re: short"
+
+    play(main())
+
+
+def test_where_the_reply_could_be_too_long_the_rest_of_the_window_is_used(store: Store):
+    def script(body: dict[str, Any], before: int) -> Behaviour:
+        too_long = prompt_of(body) == "too long" or body.get("max_tokens", 0) > 10
+        bad = prompt_of(body) == "bad"
+        return refuses(400, TOO_LONG[0]) if too_long else refuses(400) if bad else echo(body, before)
+
+    async def main() -> None:
+        async with ScriptedServer(script) as server:
+            async with connected(server, store) as llm:
+                assert (await llm.ask(request("x", max_tokens=4096))).text == "re: x"
+                for prompt in ("bad", "too long"):
+                    assert isinstance(await outcome(llm.ask(request(prompt, max_tokens=4096))), Refused)
+                assert [body.get("max_tokens") for body in server.bodies if prompt_of(body) == "x"] == [4096, None]
+            async with connected(server, store) as llm:
+                assert (await llm.ask(request("x", max_tokens=4096))).text == "re: x"
+                assert (llm.counts["replayed"], llm.counts["calls"]) == (1, 0)
+            async with connected(server, store, completions=True) as llm:  # 16 tokens would be the limit there
+                assert isinstance(await outcome(llm.ask(request("x", max_tokens=4096))), Refused)
+                assert llm.counts["calls"] == 1
+
+    play(main())
+
+
+@pytest.mark.parametrize("in_flight", [1, 256])
+def test_a_run_in_which_most_requests_are_refused_ends_soon(store: Store, in_flight: int):
+    async def main() -> None:
+        bad = refuses(400, TOO_LONG[0])
+        script = lambda body, before: bad if int(prompt_of(body)) % 5 else echo(body, before)  # noqa: E731
+        async with ScriptedServer(script) as server, connected(server, store, max_in_flight=in_flight) as llm:
+            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(5000), 512)
+            with pytest.raises(UserError, match=r"refused \d+ of \d+ .*too long.*: \d+\).*--max-length") as caught:
+                async for _ in outcomes:
+                    pass
+            assert "\n" not in str(caught.value) and len(server.bodies) < 2000
+
+    play(main())
+
+
+def test_a_run_goes_on_while_most_of_its_requests_end_in_a_reply_or_may_yet(store: Store):
+    async def main() -> None:
+        bad = refuses(400, TOO_LONG[0])
+        script = lambda body, before: bad if int(prompt_of(body)) % 3 == 0 else says("x", after=0.3)  # noqa: E731
+        async with ScriptedServer(script) as server:
+            for _ in range(2):  # the second has the refused ones left over
+                async with connected(server, store, max_in_flight=64) as llm:
+                    outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(300), 128)
+                    ended = [each async for _, each in outcomes]
+                assert sum(isinstance(each, Refused) for each in ended) == 100
+            assert llm.counts["replayed"] == 200
 
     play(main())
 
@@ -719,7 +781,22 @@ def test_a_pattern_reaches_the_server_as_top_level_structured_outputs(store: Sto
             await llm.ask(request("x"))
         with_pattern, without = server.bodies
         assert with_pattern["structured_outputs"] == {"regex": "问题：.+"}
-        assert set(without) == {"model", "messages", "temperature", "max_tokens", "seed"}
+        assert set(without) == {"model", "messages", "temperature", "max_tokens", "seed", "top_p"}
+
+    play(main())
+
+
+def test_the_sampling_of_every_request_is_ours_whatever_the_model_s_own(store: Store):
+    of_vllm = {"top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+
+    async def main() -> None:
+        listing = answers(json.dumps({"data": [{"id": "model", "object": "model", "owned_by": "vllm"}]}))
+        for models, sampling in ((("model",), {"top_p": 1}), (answers("[]"), {"top_p": 1}), (listing, of_vllm)):
+            async with ScriptedServer(echo, models) as server, connected(server, store) as llm:
+                await llm.ask(request("x"))
+                assert llm.sampling == sampling
+                fixed = {"model", "messages", "temperature", "max_tokens", "seed"}
+                assert {name: of for name, of in server.bodies[-1].items() if name not in fixed} == sampling
 
     play(main())
 

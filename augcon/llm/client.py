@@ -23,6 +23,10 @@ from augcon.text.prompts import as_text
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
+_MANY = 20  # refused requests from which on it matters whether most are
+# Sampling is AugCon's own; a model's generation_config.json would change it on some servers. vLLM knows more of it.
+_SAMPLING = {"top_p": 1}
+_VLLM_SAMPLING = {**_SAMPLING, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
 _PROBE = Request([{"role": "user", "content": "1"}], temperature=0, max_tokens=1)
 stamina.instrumentation.set_on_retry_hooks([])  # retries are counted here, not logged one by one
 
@@ -46,6 +50,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     ``counts`` has the calls, the requests that were "replayed" from the store or "shared" a call, the retries by
     kind of failure, and the tokens. ``served`` maps the models served to the folders that vLLM read them from.
+    ``sampling`` has the parameters that are the same in every request.
     ``weights`` can be set to tell apart models that are served under the same name.
     """
 
@@ -54,11 +59,14 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self.model = ""
         self.weights = ""
         self.served: dict[str, str] = {}
+        self.sampling: dict[str, int] = _SAMPLING
         self.counts: Counter[str] = Counter()
         self.in_flight = 0
         self._store = store
         self._slots = asyncio.Semaphore(endpoint.max_in_flight)
         self._pending: dict[bytes, asyncio.Task[Reply]] = {}
+        self._answered = 0
+        self._refused: Counter[str] = Counter()  # by reason
         self._successes = 0
         self._failing_since: float | None = None  # first failure after the last success
         self._accepted: set[frozenset[str]] = set()  # sets of parameters that the server has answered
@@ -88,6 +96,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
                     async with asyncio.timeout(min(60, self.endpoint.request_timeout)):
                         models = [model async for model in self._client.models.list()]
             self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
+            if any(getattr(model, "owned_by", "") == "vllm" for model in models):
+                self.sampling = _VLLM_SAMPLING
         except failures.NO_ANSWER as error:
             raise UserError(
                 f"no server answered at {api_base} ({failures.describe(error)}); start one with python serve.py, or "
@@ -105,8 +115,24 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     async def ask(self, request: Request) -> Reply:
         """The reply to a request, from the store or the server.
 
-        Raises Refused when this request cannot be answered, UserError when no request can.
+        Raises Refused when this request cannot be answered, UserError when no request can or most cannot.
         """
+        try:
+            reply = await self._stored_or_shared(request)
+        except Refused as error:
+            self._refused[str(error)] += 1
+            refused, (reason, times) = self._refused.total(), self._refused.most_common(1)[0]
+            ended = refused + self._answered
+            if refused < _MANY or 2 * refused <= ended + self.in_flight:  # refusals come faster than replies
+                raise
+            raise UserError(
+                f"the server refused {refused:,} of {ended:,} requests ({reason}: {times:,}); if they are too long, "
+                "use a model with a larger window, or lower --max-length, --examples-shown or --answer-max-tokens"
+            ) from error
+        self._answered += 1
+        return reply
+
+    async def _stored_or_shared(self, request: Request) -> Reply:
         body = self._body(request)
         asked = json.dumps([self.weights, body], sort_keys=True, ensure_ascii=False)  # all that determines a reply
         key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()
@@ -144,6 +170,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "seed": self.endpoint.seed * 10_000 + request.sample,
+            **self.sampling,
             **({"prompt": as_text(request.messages)} if completions else {"messages": request.messages}),
             **({"stop": list(stop)} if stop else {}),
             **({"structured_outputs": {"regex": request.pattern}} if pattern else {}),
@@ -197,13 +224,16 @@ class _Attempts:
         if not isinstance(error, failures.FAILURES):
             return False
         llm, endpoint = self.llm, self.llm.endpoint
-        accepted = frozenset(self.body) in llm._accepted
+        accepted = frozenset({*self.body, "max_tokens"}) in llm._accepted
         final = failures.final(error, accepted, endpoint.api_base, llm.model, llm.served)
         if isinstance(final, UserError) and not self.probe:
             self.probe = True  # is it this request that is refused, or all?
             return 0.01
         if final:
             llm._failing_since = None
+            # What the prompt leaves of the window may do. Without a limit, the completions endpoint gives 16 tokens.
+            if failures.too_long(error) and not endpoint.completions and self.body.pop("max_tokens", None):
+                return 0.01
             raise final from error
         kind, now = failures.kind(error), time.monotonic()
         llm._failing_since = llm._failing_since or now

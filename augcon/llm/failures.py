@@ -40,7 +40,7 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: d
         return UserError(f"the server at {api_base} refuses the key (status {status}); set AUGCON_API_KEY or --api-key")
     if error.code == "insufficient_quota":
         return UserError(f"the quota of the key for {api_base} is used up ({message}); raise it or set another key")
-    if status == 413 or TOO_LONG.search(str(error.body)):
+    if too_long(error):
         return Refused("context too long for the model")
     if status >= 500 or status in TEMPORARY:
         return None
@@ -51,6 +51,13 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: d
     if accepted or error.code == "content_filter":
         return Refused(f"refused with status {status}")
     return UserError(f"the server at {api_base} refuses all requests of this kind (status {status}): {message}")
+
+
+def too_long(error: Exception) -> bool:
+    """Whether a request failed because it does not fit the model."""
+    return isinstance(error, openai.APIStatusError) and (
+        error.status_code == 413 or bool(TOO_LONG.search(str(error.body)))
+    )
 
 
 def unknown_model(model: str, api_base: str, served: dict[str, str], detail: str = "") -> UserError:
