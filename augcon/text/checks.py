@@ -21,6 +21,8 @@ def parse_answer(reply: str, query: Query, prompts: Prompts, shown: Sequence[Exa
     answer = bare_answer(reply, query.text, prompts)
     if disarm(answer) != answer:
         raise Unparseable("control mark")
+    if answer == query.text:
+        raise Unparseable("only the question")
     if mentions_text(answer, query.context, query.text):
         raise Unparseable("speaks of the text")
     if is_refusal(answer, query.context):
