@@ -48,7 +48,11 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
         model = await llm.connect(settings.model, settings.api_model)
         other = "" if model == settings.model else f" (steps 2 and later use the model setting, {settings.model!r})"
         print(f"server:  {settings.api_base} serves {model!r}{other}")
-        inputs = {**tree_inputs(settings.inputs("step 1"), roots, settings.language), "model served": model}
+        inputs = {
+            **tree_inputs(settings.inputs("step 1"), roots, settings.language),
+            "model served": model,
+            "sampling": llm.sampling,
+        }
         same = results.record.begin("step 1", inputs, results.made("step 1"), settings.redo)
         if not same:
             results.refills.unlink(missing_ok=True)  # of other trees

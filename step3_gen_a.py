@@ -67,7 +67,11 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     async with LLM(pick(Endpoint, settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
         print(f"server:  {settings.api_base} serves {model!r}")
-        inputs = {**answer_inputs(settings.inputs("step 3"), examples, searches), "model served": model}
+        inputs = {
+            **answer_inputs(settings.inputs("step 3"), examples, searches),
+            "model served": model,
+            "sampling": llm.sampling,
+        }
         results.record.begin("step 3", inputs, results.made("step 3"), settings.redo)
 
         calls = 2 * sum(len(search.trials()) for search in searches.values()) + len(queries)
