@@ -361,8 +361,8 @@ def test_a_run_in_which_most_requests_are_refused_ends_soon(store: Store, in_fli
         bad = refuses(400, TOO_LONG[0])
         script = lambda body, before: bad if int(prompt_of(body)) % 5 else echo(body, before)  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=in_flight) as llm:
-            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(5000), 512)
-            with pytest.raises(UserError, match=r"refused \d+ of \d+ .*too long.*: \d+\).*--max-length") as caught:
+            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(5000), 2 * in_flight)
+            with pytest.raises(UserError, match=r"refused [\d,]+ of [\d,]+ .*too long.*: \d+\).*--max-length") as caught:
                 async for _ in outcomes:
                     pass
             assert "\n" not in str(caught.value) and len(server.bodies) < 2000

@@ -7,7 +7,7 @@ import time
 import aiohttp
 import openai
 
-from augcon.data import Refused
+from augcon.data import TOO_LONG, Refused
 from augcon.errors import UserError, one_line
 
 
@@ -20,7 +20,7 @@ FAILURES = (*NO_ANSWER, openai.APIError, BadReply)  # of a call, as opposed to e
 TEMPORARY = {408, 409, 425, 429}  # statuses worth a retry, besides those from 500 on
 
 # How servers say that a prompt does not fit the model (vLLM, OpenAI, llama.cpp, TGI, Gemini, ...).
-TOO_LONG = re.compile(
+_TOO_LONG = re.compile(
     "context[ _](length|size|window)|maximum (context|model length)|max_new_tokens|max_model_len|input token count|"
     "(prompt|input) is too long|string too long",
     re.IGNORECASE,
@@ -41,7 +41,7 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: d
     if error.code == "insufficient_quota":
         return UserError(f"the quota of the key for {api_base} is used up ({message}); raise it or set another key")
     if too_long(error):
-        return Refused("context too long for the model")
+        return Refused(TOO_LONG)
     if status >= 500 or status in TEMPORARY:
         return None
     if status == 404 and "model" in message.lower():
@@ -56,7 +56,7 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: d
 def too_long(error: Exception) -> bool:
     """Whether a request failed because it does not fit the model."""
     return isinstance(error, openai.APIStatusError) and (
-        error.status_code == 413 or bool(TOO_LONG.search(str(error.body)))
+        error.status_code == 413 or bool(_TOO_LONG.search(str(error.body)))
     )
 
 
