@@ -3,14 +3,15 @@ about some of them in a row, and names the one to cut after. Nothing is rewritte
 
 import asyncio
 import bisect
-import functools
+import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from augcon.data import Ask, Message, Node, Request, RootContext
 from augcon.method.ask import ask_until_parsed
-from augcon.method.questions import Draft
+from augcon.method.questions import CUT, Draft
 from augcon.text.parse import parse_focus
 from augcon.text.prompts import Prompts
 from augcon.text.units import length, sentences
@@ -58,9 +59,8 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
 
     async def grow(first: int, end: int, path: str, above: str | None) -> list[Node]:
         context = "".join(listed[first:end]).strip()
-        node = functools.partial(Node, root.root, pass_number, path, context)
         if before[end] - before[first] < rules.min_length:
-            return [node(None, "too short")]
+            return [Node(root.root, pass_number, path, context, None, "too short")]
         draft, told = Draft(root.text, above), -1
 
         def read(reply: str) -> bool:
@@ -78,21 +78,20 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
             pattern=prompts.focus_pattern(),
         )
         asked = await ask_until_parsed(ask, request, rules.tries, read)
+        halves: Sequence[list[Node]] = ()
+        draft.tries = asked.tries
         if asked.value is None:
-            return [node(None, "failed" if asked.refused else "not parseable", asked.reason, asked.tries)]
-        again = prompts.end_of_question(), prompts.question_pattern()
-        request = Request(
-            request.messages, request.temperature, request.max_tokens, sample + asked.tries, again[0], pattern=again[1]
-        )
-        tries = asked.tries + await draft.improve(ask, prompts, request, rules.tries - asked.tries)
-        mine = functools.partial(node, draft.kept, "done", tries=tries, doubt=draft.doubt)
-        detail = "" if draft.kept else draft.fault
-        if end - first == 1:
-            return [mine(detail)]
-        cut = _cut(before, first, end, told, rules.min_length)
-        question = draft.question
-        halves = await asyncio.gather(grow(first, cut, f"{path}1", question), grow(cut, end, f"{path}2", question))
-        return [mine(detail or ("" if cut == told else "cut in the middle")), *itertools.chain(*halves)]
+            draft.outcome, draft.detail = "failed" if asked.refused else "not parseable", asked.reason
+        else:
+            end_of_question, pattern = prompts.end_of_question(), prompts.question_pattern()
+            alone = dataclasses.replace(request, end=end_of_question, text_end=(), pattern=pattern)
+            await draft.improve(ask, prompts, alone, rules.tries)
+        if asked.value and end - first > 1:
+            cut = _cut(before, first, end, told, rules.min_length)
+            draft.detail = "" if cut == told else CUT
+            above = draft.question
+            halves = await asyncio.gather(grow(first, cut, f"{path}1", above), grow(cut, end, f"{path}2", above))
+        return [draft.node(root.root, pass_number, path, context), *itertools.chain(*halves)]
 
     return await grow(0, len(listed), "", None)
 

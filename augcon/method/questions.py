@@ -2,28 +2,31 @@
 
 import dataclasses
 
-from augcon.data import Ask, Request
+from augcon.data import Ask, Node, Outcome, Request
 from augcon.method.ask import ask_until_parsed
 from augcon.method.diversity import likeness
 from augcon.text.checks import ungrounded
 from augcon.text.parse import Unparseable, parse_question
 from augcon.text.prompts import Prompts
 
-COPY = "copy of the question above"
+CUT, COPY = "cut in the middle", "copy of the question above"  # details of a node
 ALIKE = 0.9  # likeness from which one question is a copy of another
 
 
 @dataclasses.dataclass(slots=True)
 class Draft:
-    """The best question so far about a context: the first with nothing wrong, or else the first.
+    """A node in the making. Its question is the first with nothing wrong, or else the first.
 
-    ``context`` is what the question is checked against, ``above`` the question about the context above, if any.
+    The question is checked against ``text``; ``above`` is the question about the context above, if any.
     """
 
-    context: str
+    text: str
     above: str | None
     question: str | None = None
     fault: str = "no question"
+    outcome: Outcome = "done"
+    detail: str = ""
+    tries: int = 0
 
     def offer(self, question: str) -> None:
         """Takes another question into account."""
@@ -35,25 +38,24 @@ class Draft:
     def _fault_of(self, question: str) -> str:
         if self.above and likeness(question, self.above) >= ALIKE:
             return COPY
-        names = ungrounded(question, self.context)
+        names = ungrounded(question, self.text)
         return f"not in the context: {', '.join(names)}" if names else ""
 
-    @property
-    def kept(self) -> str | None:
-        """The question, unless it is a copy."""
-        return None if self.fault == COPY else self.question
-
-    @property
-    def doubt(self) -> str:
-        """Which of its words the context does not hold; empty for none."""
-        return self.fault if self.kept else ""
-
-    async def improve(self, ask: Ask, prompts: Prompts, request: Request, tries: int) -> int:
-        """Asks for the question alone while something is wrong with it; returns the number of replies."""
+    async def improve(self, ask: Ask, prompts: Prompts, request: Request, most: int) -> None:
+        """Asks for the question alone while something is wrong with it, up to ``most`` replies in all."""
 
         def read(reply: str) -> None:
             self.offer(parse_question(reply, prompts))
             if self.fault:
                 raise Unparseable(self.fault)
 
-        return (await ask_until_parsed(ask, request, tries, read)).tries if self.fault and tries > 0 else 0
+        if self.fault and 0 < self.tries < most:
+            request = dataclasses.replace(request, sample=request.sample + self.tries)
+            self.tries += (await ask_until_parsed(ask, request, most - self.tries, read)).tries
+
+    def node(self, root: int, pass_number: int, path: str, context: str) -> Node:
+        """The node. A copy of the question above is left out."""
+        copy = self.fault == COPY
+        question, doubt = (None, "") if copy else (self.question, self.fault if self.question else "")
+        detail = ", ".join(filter(None, [self.detail, COPY * copy]))
+        return Node(root, pass_number, path, context, question, self.outcome, detail, self.tries, doubt)

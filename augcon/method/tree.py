@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from augcon.data import TOO_LONG, Ask, Node, Outcome, Request, RootContext
 from augcon.method import focus
 from augcon.method.ask import CUT_OFF, ask_until_parsed
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
-from augcon.method.questions import COPY, Draft
+from augcon.method.questions import COPY, CUT, Draft
 from augcon.text.parse import Unparseable, parse_question, parse_split
 from augcon.text.prompts import Prompts
 from augcon.text.units import length, sentences, words
@@ -83,43 +82,39 @@ async def grow_tree(
         return await focus.grow_tree(ask, prompts, root, rules, pass_number)
 
     async def grow(part: _Part, path: str, share: float, above: str | None) -> list[Node]:
-        node = functools.partial(Node, root.root, pass_number, path, part.text)
-        if part.length < rules.min_length:
-            return [node(None, "too short")]
-        if share < _SMALLEST_SHARE * rules.min_length:
-            return [node(None, "too short", "share of the root used up")]
-        draft, halves, outcome, detail, tries = await _ask_about(ask, prompts, part, rules, sample, above)
-        if tries:
-            request = question_request(prompts, root, part.text, rules, sample + tries)
-            tries += await draft.improve(ask, prompts, request, rules.tries - tries)
-        mine = node(draft.kept, outcome, detail or ("" if draft.kept else draft.fault), tries, draft.doubt)
+        used_up = share < _SMALLEST_SHARE * rules.min_length
+        if part.length < rules.min_length or used_up:
+            detail = "share of the root used up" if used_up else ""
+            return [Node(root.root, pass_number, path, part.text, None, "too short", detail)]
+        draft, halves = await _ask_about(ask, prompts, part, rules, sample, above)
+        await draft.improve(ask, prompts, question_request(prompts, root, part.text, rules, sample), rules.tries)
         total = sum(half.length for half in halves) or 1
         shares = [share * min(half.length / total, _LARGEST_HALF) for half in halves]
         paths, question = (f"{path}1", f"{path}2"), itertools.repeat(draft.question)
-        return [mine, *itertools.chain(*await asyncio.gather(*map(grow, halves, paths, shares, question)))]
+        below = await asyncio.gather(*map(grow, halves, paths, shares, question))
+        return [draft.node(root.root, pass_number, path, part.text), *itertools.chain(*below)]
 
     return await grow(_Part.of(root.text), "", root.length, None)
 
 
 async def _ask_about(
     ask: Ask, prompts: Prompts, part: _Part, rules: TreeRules, sample: int, above: str | None
-) -> tuple[Draft, list[_Part], Outcome, str, int]:
-    """The question about a context, the halves to go on with, the outcome with its detail, the number of replies.
+) -> tuple[Draft, list[_Part]]:
+    """The node in the making, and the halves to go on with.
 
     A bad split is asked for again, unless the context is a single sentence: that may be left whole.
     """
-    draft, bad = Draft(part.text, above), ""
+    draft = Draft(part.text, above)
     single = len(sentences(part.text)) < 2
 
     def read(reply: str) -> list[_Part]:
-        nonlocal bad
         split = parse_split(reply, prompts)
         draft.offer(split.query)
         first, second = split.halves
         halves = [_Part.of(first), _Part.of(_without_talk(second, part.words))]
-        bad = _fault_of_split(part, halves, rules)
-        if bad and not single:
-            raise Unparseable(bad)
+        draft.outcome = _outcome_of_split(part, halves, rules)
+        if draft.outcome != "done" and not single:
+            raise Unparseable(draft.outcome)
         return halves
 
     request = Request(
@@ -131,9 +126,11 @@ async def _ask_about(
         pattern=prompts.cst_pattern(rules.max_length),
     )
     asked = await ask_until_parsed(ask, request, rules.tries, read)
-    if asked.value and not bad:
-        return draft, asked.value, "done", "", asked.tries
-    outcome, detail = bad or ("failed" if asked.refused else "not parseable"), "" if bad else asked.reason
+    draft.tries = asked.tries
+    if asked.value and draft.outcome == "done":
+        return draft, asked.value
+    if draft.outcome == "done":
+        draft.outcome, draft.detail = "failed" if asked.refused else "not parseable", asked.reason
     halves: list[_Part] = []
     too_much = asked.reason in {CUT_OFF, TOO_LONG}  # for the model at once: smaller parts may be had
     if too_much:
@@ -141,18 +138,18 @@ async def _ask_about(
             draft.offer(parse_question(asked.reply.rpartition(f"\n{prompts.labels.halves[0]}")[0], prompts))
     if too_much or rules.bad_split == "cut":
         halves = [_Part.of(half) for half in _cut_in_two(part.text)]
-        detail = ", ".join(filter(None, [detail, "cut in the middle"] if halves else [detail]))
-    return draft, halves, outcome, detail, asked.tries  # type: ignore[return-value]
+        draft.detail = ", ".join(filter(None, [draft.detail, CUT if halves else ""]))
+    return draft, halves
 
 
-def _fault_of_split(part: _Part, halves: Sequence[_Part], rules: TreeRules) -> str:
-    """Which kind of bad split it is; empty for a good one (Algorithm 1; "loses text" is AugCon's own)."""
+def _outcome_of_split(part: _Part, halves: Sequence[_Part], rules: TreeRules) -> Outcome:
+    """Which kind of bad split it is, or "done" for a good one (Algorithm 1; "loses text" is AugCon's own)."""
     if max(half.length for half in halves) >= part.length:
         return "not shorter"
     if min(rouge_l_precision(half.words, part.words) for half in halves) < rules.rouge_threshold:
         return "hallucinated"
     together = list(itertools.chain(*(half.words for half in halves)))
-    return "loses text" if rouge_l_precision(part.words, together) < rules.coverage_threshold else ""
+    return "loses text" if rouge_l_precision(part.words, together) < rules.coverage_threshold else "done"
 
 
 def _without_talk(half: str, context: Sequence[str]) -> str:
@@ -179,7 +176,7 @@ def coverage(root: RootContext, nodes: Sequence[Node]) -> list[float]:
     asked as held, too: what it lacks of 1 was lost by splits, or by replies that could not be had.
     """
     whole = words(root.text)
-    asked = [node for node in nodes if node.query or node.detail == COPY]
+    asked = [node for node in nodes if node.query or COPY in node.detail]
     short = [node for node in nodes if node.outcome == "too short"]
     depth = max((len(node.path) for node in asked), default=0)
 

@@ -12,7 +12,7 @@ from augcon.llm.client import LLM
 from augcon.method.answers import Search
 from augcon.method.diversity import likeness
 from augcon.method.pairs import NEGATIVES
-from augcon.method.questions import COPY
+from augcon.method.questions import COPY, CUT
 from augcon.method.tree import Grown, coverage
 from augcon.text.units import language, length
 
@@ -45,8 +45,8 @@ class TreeFigures:
         for node in grown.nodes:
             self.outcomes[node.outcome] += 1
             self.sums.update(again=max(0, node.tries - 1), queries=len(node.queries), doubtful=bool(node.doubt))
-            self.sums.update(copies=node.detail == COPY, cut=node.detail.endswith("cut in the middle"))
-            if node.query is None and node.detail not in {"", COPY}:
+            self.sums.update(copies=COPY in node.detail, cut=CUT in node.detail)
+            if node.query is None and node.detail and COPY not in node.detail:
                 self.lost[f"{node.outcome}: {node.detail}"] += 1
         for _, tree in itertools.groupby(grown.nodes, lambda node: node.pass_number):
             self.covered.append((grown.root.length, coverage(grown.root, list(tree))))
