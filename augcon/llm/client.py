@@ -65,7 +65,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self._store = store
         self._slots = asyncio.Semaphore(endpoint.max_in_flight)
         self._pending: dict[bytes, asyncio.Task[Reply]] = {}
-        self._asked = 0
+        self._waiting = self._answered = 0
         self._refused: Counter[str] = Counter()  # by reason
         self._successes = 0
         self._failing_since: float | None = None  # first failure after the last success
@@ -117,18 +117,27 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
         Raises Refused when this request cannot be answered, UserError when no request can or most cannot.
         """
-        self._asked += 1
+        self._waiting += 1
         try:
-            return await self._stored_or_shared(request)
+            reply = await self._stored_or_shared(request)
         except Refused as error:
             self._refused[str(error)] += 1
-            refused, (reason, times) = self._refused.total(), self._refused.most_common(1)[0]
-            if refused < _MANY or 2 * refused <= self._asked:  # those that wait count: refusals come before replies
-                raise
+            self._stop_if_most_are_refused()
+            raise
+        finally:
+            self._waiting -= 1
+        self._answered += 1
+        return reply
+
+    def _stop_if_most_are_refused(self) -> None:
+        refused, (reason, times) = self._refused.total(), self._refused.most_common(1)[0]
+        ended = refused + self._answered
+        hopeful = min(self._waiting, 2 * self.endpoint.max_in_flight)  # replies take longer than refusals
+        if refused >= _MANY and 2 * refused > ended + hopeful:
             raise UserError(
-                f"the server refused {refused:,} of {self._asked:,} requests ({reason}: {times:,}); if they are too "
-                "long, use a model with a larger window, or lower --max-length, --examples-shown or --answer-max-tokens"
-            ) from error
+                f"the server refused {refused:,} of {ended:,} requests ({reason}: {times:,}); if they are too long, "
+                "use a model with a larger window, or lower --max-length, --examples-shown or --answer-max-tokens"
+            )
 
     async def _stored_or_shared(self, request: Request) -> Reply:
         body = self._body(request)
