@@ -4,7 +4,6 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-import jieba.posseg
 import opencc
 from rapidfuzz.distance import Indel
 
@@ -111,7 +110,9 @@ def ungrounded(question: str, context: str) -> list[str]:
         question = _QUOTED.sub(" ", question)
         absent += _absent_words(question, context, chinese=chinese)
     if not translated and chinese:
-        names = (word for word, tag in jieba.posseg.cut(question) if tag[:2] in {"nr", "ns", "nt", "nz"})
+        from jieba import posseg  # takes a second
+
+        names = (word for word, tag in posseg.cut(question) if tag[:2] in {"nr", "ns", "nt", "nz"})
         absent += [name for name in names if len(name) > 1 and not set(name) <= set(context)]  # 北大 is 北京大学
     return list(dict.fromkeys(absent))
 
