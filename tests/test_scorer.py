@@ -1,13 +1,17 @@
 """The scorer's parts: what it reads, what it learns from, that it gives the same numbers again."""
 
 import dataclasses
+import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, clean_environment
 from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +145,43 @@ def test_a_badly_ranked_pair_still_pulls():
     assert better.grad.item() == pytest.approx(-1, abs=1e-3)
     half = torch.tensor([-30.0], dtype=torch.bfloat16)
     assert scorer.pair_loss(half, half).dtype == torch.float32
+
+
+PARTS = """
+import json, sys
+from pathlib import Path
+from augcon.train import base as training
+from augcon.data import ScorerPair
+from augcon.train import loop, scorer
+
+training.start_processes()
+base, folder = sys.argv[1], Path(sys.argv[2])
+train, losses = loop.train, []
+def noted(trainer, *rest, **more):
+    words = train(trainer, *rest, **more)
+    losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    return words
+loop.train = noted
+context = "The bakery opens at six. "
+pairs = [ScorerPair(context * (1 + n % 4), "When?", "Why not?" * n, "both", n, "") for n in range(10)]
+encoder = scorer.ScorerEncoder(training.load_tokenizer(base), 512)
+for tokens in (10_000, 1):
+    scorer.TOKENS_IN_BATCH = tokens
+    model = scorer.load_scorer(base, encoder, 1, quantize="none")
+    scorer.train(model, encoder, pairs, loop.TrainingRules(2, 4, 1e-3, 1), folder / str(tokens))
+(folder / "losses.json").write_text(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_computed_in_parts_and_teaches_the_same(base: str, tmp_path: Path):
+    command = [sys.executable, "-c", PARTS, base, str(tmp_path)]
+    environment = {**clean_environment(), "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "accumulation" not in done.stdout + done.stderr
+    together, in_parts = json.loads((tmp_path / "losses.json").read_text())
+    assert len(together) == 6 and in_parts == pytest.approx(together, abs=2e-4)
 
 
 def some_pairs(roots: list[int]) -> list[ScorerPair]:

@@ -7,6 +7,7 @@ state of the last token that is trained in full. Bradley–Terry loss over pairs
 import contextlib
 import dataclasses
 import gc
+import logging
 import math
 import time
 from collections import defaultdict
@@ -32,9 +33,10 @@ from augcon.train.ranks import all_gather, barrier, is_main, on_main, rank, worl
 from augcon.train.scores import KeptScores
 
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
+logging.getLogger("accelerate").setLevel(logging.ERROR)  # warns of what is meant: DeepSpeed counts the parts of a batch
 _WEIGHTS = "adapter_model.safetensors"
 
-TOKENS_IN_BATCH = 16384 if torch.cuda.is_available() else 2048  # in scoring, with padding
+TOKENS_IN_BATCH = 16384 if torch.cuda.is_available() else 2048  # in one forward pass, with padding
 
 Tokens = list[int]
 Text = tuple[str, str]  # a context and a query
@@ -117,6 +119,8 @@ def pair_loss(better: torch.Tensor, worse: torch.Tensor) -> torch.Tensor:
 
 
 class _PairTrainer(transformers.Trainer):
+    loss_is_scaled_for_ga = False  # the Trainer takes the mean over the parts of a batch
+
     def compute_loss(self, model: Any, inputs: dict[str, torch.Tensor], *_: Any, **__: Any) -> torch.Tensor:
         return pair_loss(*model(**inputs).logits.squeeze(-1).chunk(2))
 
@@ -138,7 +142,11 @@ def train(
     steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
 
-    arguments = loop.training_arguments(checkpoints, rules, steps)
+    # One pair after another where the batch does not fit: the mean over its pairs is the same, whatever their number.
+    fits = 2 * rules.batch * max(map(len, better + worse)) <= TOKENS_IN_BATCH
+    arguments = loop.training_arguments(checkpoints, rules, steps) | {"gradient_checkpointing": True}
+    if not fits:
+        arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rules.batch}
     trainer = _PairTrainer(
         model,
         transformers.TrainingArguments(
