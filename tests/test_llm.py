@@ -355,17 +355,17 @@ def test_where_the_reply_could_be_too_long_the_rest_of_the_window_is_used(store:
     play(main())
 
 
-@pytest.mark.parametrize("in_flight", [1, 256])
+@pytest.mark.parametrize("in_flight", [1, 32])
 def test_a_run_in_which_most_requests_are_refused_ends_soon(store: Store, in_flight: int):
     async def main() -> None:
         bad = refuses(400, TOO_LONG[0])
         script = lambda body, before: bad if int(prompt_of(body)) % 5 else echo(body, before)  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=in_flight) as llm:
-            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(5000), 2 * in_flight)
+            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(1000), 2 * in_flight)
             with pytest.raises(UserError, match=r"refused [\d,]+ of [\d,]+ .*too long.*\).*--max-length") as caught:
                 async for _ in outcomes:
                     pass
-            assert "\n" not in str(caught.value) and len(server.bodies) < 2000
+            assert "\n" not in str(caught.value) and len(server.bodies) < 400
 
     play(main())
 
@@ -376,11 +376,11 @@ def test_a_run_goes_on_while_most_of_its_requests_end_in_a_reply_or_may_yet(stor
         script = lambda body, before: bad if int(prompt_of(body)) % 3 == 0 else says("x", after=0.3)  # noqa: E731
         async with ScriptedServer(script) as server:
             for _ in range(2):  # the second has the refused ones left over
-                async with connected(server, store, max_in_flight=64) as llm:
-                    outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(300), 128)
+                async with connected(server, store, max_in_flight=32) as llm:
+                    outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(150), 64)
                     ended = [each async for _, each in outcomes]
-                assert sum(isinstance(each, Refused) for each in ended) == 100
-            assert llm.counts["replayed"] == 200
+                assert sum(isinstance(each, Refused) for each in ended) == 50
+            assert llm.counts["replayed"] == 100
 
     play(main())
 
@@ -394,8 +394,8 @@ def test_a_run_goes_on_where_the_halves_of_what_is_refused_are_answered(store: S
         bad = refuses(400, TOO_LONG[0])
         script = lambda body, before: bad if "whole" in prompt_of(body) else says("x", after=0.1)  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=32) as llm:
-            halves = [each async for _, each in map_in_order(functools.partial(halved, llm), range(200), 64)]
-        assert halves == [[Reply("x", True)] * 2] * 200
+            halves = [each async for _, each in map_in_order(functools.partial(halved, llm), range(100), 64)]
+        assert halves == [[Reply("x", True)] * 2] * 100
 
     play(main())
 
