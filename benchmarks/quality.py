@@ -69,9 +69,11 @@ async def measure(options: argparse.Namespace) -> None:
         async with LLM(endpoint, store) as llm:
             await llm.connect("")
             tokens = token_counter(llm.served.get(llm.model) or llm.model)
-            for of in options.languages.split(","):
-                roots = choose_roots(options, of)
-                columns = {way: await figures(llm, of, roots, WAYS[way], tokens, options) for way in ways}
+            chosen = {of: choose_roots(options, of) for of in options.languages.split(",")}
+            asked = (figures(llm, of, chosen[of], WAYS[way], tokens, options) for of in chosen for way in ways)
+            measured = iter(await asyncio.gather(*asked))  # all at once, so that the server is never idle
+            for of, roots in chosen.items():
+                columns = dict(zip(ways, measured, strict=False))
                 print(f"\n{Path(llm.model).name}, {of}, {len(roots)} root contexts, {mean_length(roots):.0f} long\n")
                 print("| | " + " | ".join(columns) + " |\n|---|" + "---:|" * len(columns))
                 for name in next(iter(columns.values())):
