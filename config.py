@@ -154,7 +154,7 @@ class Settings(BaseSettings):
     held_out: float = _tuning(0.05, "share of the pairs that is held out from training for a loss", ge=0, le=0.5)
     quantize: Literal["auto", "nf4", "none"] = _tuning("auto", "the base in training; auto: nf4 on a GPU with bf16")
 
-    lora: str = _merging("", "adapter to merge, a folder; empty: LoRA in the results folder")
+    lora: str = _merging("", "adapter to merge, a folder or hub name; empty: LoRA in the results folder")
     base: str = _merging("", "base model of the adapter, a hub name or folder; empty: the one that it names")
 
     questions: str = _inference("", "questions: a file or dataset, or .txt with one a line; empty: the test split")

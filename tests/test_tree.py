@@ -195,6 +195,14 @@ def test_an_ungrounded_question_is_asked_again_alone_then_marked():
     assert (root.doubt, root.tries) == ("", 3) and root.query and root.query.endswith("有什么要紧的？")
 
 
+def test_a_question_that_speaks_of_the_text_is_asked_again_alone():
+    def points(context: str, request: Request) -> str | None:
+        return PROMPTS.cst_reply("作者在文中的态度是怎样的？", halves_of(context)) if not request.sample else None
+
+    root = grow(Model(points))[0]
+    assert (root.tries, root.doubt) == (2, "") and root.query and "文中" not in root.query
+
+
 def test_a_copy_of_the_question_above_is_not_kept_and_the_tree_goes_on():
     same = Model(lambda context, _: PROMPTS.cst_reply("面包店每天几点开门呢？", halves_of(context)))
     nodes = grow(same)

@@ -33,8 +33,11 @@ def vllm_command(model: str, name: str, port: int, gpus: int, wanted: int, argum
         command += ["--tensor-parallel-size", str(size), "--data-parallel-size", str(gpus // size)]
         description = f"vLLM with {model}: {gpus // size} × {size} of {gpus} GPUs"
     else:
-        # The CPU build crashes on seeded requests with chunked prefill, and takes nearly all memory for its cache.
-        command += ["--enforce-eager", "--no-enable-chunked-prefill", "--kv-cache-memory-bytes", str(2 * 2**30)]
+        # The CPU build crashes on seeded requests with chunked prefill. So a step reads whole prompts, at some hundred
+        # tokens a second, and it may take longer than vLLM allows by itself. The cache would take nearly all memory.
+        command = ["env", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=3600", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", *command]
+        command += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", "16"]
+        command += ["--kv-cache-memory-bytes", str(2 * 2**30)]
         description = f"vLLM with {model} on the CPU"
     return command + shlex.split(arguments), description
 

@@ -68,7 +68,7 @@ class TreeFigures:
         share = f"{of['diverse'] / of['quota']:.2f} of the quota"
         print(
             f"queries: {of['queries']:,}, of which mutually diverse within their root {of['diverse']:,} ({share})"
-            + (f"; {of['doubtful']:,} name what their context does not hold" if of["doubtful"] else "")
+            + (f"; {of['doubtful']:,} doubtful: see doubt in nodes.jsonl" if of["doubtful"] else "")
             + (f"; {of['copies']:,} copies of the question above left out" if of["copies"] else "")
         )
         rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
