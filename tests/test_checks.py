@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from augcon.data import Example, Query
-from augcon.text.checks import is_refusal, mentions_text, parse_answer, ungrounded
+from augcon.text.checks import is_refusal, mentions_text, parse_answer, points_at_text, ungrounded
 from augcon.text.parse import Unparseable
 from augcon.text.prompts import load_prompts
 
@@ -122,3 +122,21 @@ def test_no_reply_breaks_the_checks_and_a_plain_mention_is_never_let_through(sai
 )
 def test_what_a_question_has_from_elsewhere_is_found(question: str, context: str, absent: list[str]):
     assert ungrounded(question, context) == absent
+
+
+@pytest.mark.parametrize(
+    ("question", "points"),
+    [
+        ("What topic does the text discuss?", True),
+        ("What role do teachers have, according to the passage?", True),
+        ("作者在文中的态度是怎样的？", True),
+        ("总结文本内容。", True),
+        ("“以目偿头”这句话是什么意思？", True),
+        ("Why does a text message cost more abroad?", False),
+        ("How do teachers in private schools differ from others?", False),
+        ("国防专利复审委员会由哪些人组成？", False),
+    ],
+)
+def test_a_question_that_only_a_reader_of_the_text_understands_points_at_it(question: str, points: bool):
+    assert points_at_text(question, "Teachers, schools, 专利。") == points
+    assert not points_at_text("How is the text of the treaty kept?", "The text of the treaty is kept in Bern.")

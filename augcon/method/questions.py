@@ -5,7 +5,7 @@ import dataclasses
 from augcon.data import Ask, Node, Outcome, Request
 from augcon.method.ask import ask_until_parsed
 from augcon.method.diversity import likeness
-from augcon.text.checks import mentions_text, ungrounded
+from augcon.text.checks import points_at_text, ungrounded
 from augcon.text.parse import Unparseable, parse_question
 from augcon.text.prompts import Prompts
 
@@ -38,7 +38,7 @@ class Draft:
     def _fault_of(self, question: str) -> str:
         if self.above and likeness(question, self.above) >= ALIKE:
             return COPY
-        if mentions_text(question, self.text, ""):
+        if points_at_text(question, self.text):
             return "speaks of the text"
         names = ungrounded(question, self.text)
         return f"not in the context: {', '.join(names)}" if names else ""

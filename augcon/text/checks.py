@@ -35,6 +35,14 @@ def parse_answer(reply: str, query: Query, prompts: Prompts, shown: Sequence[Exa
     return answer
 
 
+def points_at_text(question: str, context: str) -> bool:
+    """Whether a question speaks of the text that it is about, so that nobody who has not read it can understand it."""
+    found = (
+        found for checks in all_checks() for pattern in checks.in_questions for found in pattern.finditer(question)
+    )
+    return mentions_text(question, context, "") or any(words.group().lower() not in context.lower() for words in found)
+
+
 def mentions_text(answer: str, context: str, question: str) -> bool:
     """Whether an answer mentions the text it was made from, other than as its subject."""
     context, question = context.lower(), question.lower()

@@ -92,6 +92,7 @@ class Checks(_Section):
     refusals: Patterns
     mentions: Patterns
     self_references: Patterns
+    in_questions: Patterns
     subjects: tuple[Text, ...]
 
 
@@ -210,8 +211,8 @@ class Prompts(_Section):
         return (f"\n\n{self._context('')}",)
 
     def tree_digest(self, split: Literal["rewrite", "focus"]) -> str:
-        """A digest of what trees are asked with."""
-        return _digest(self.labels, self.focus if split == "focus" else self.cst)
+        """A digest of what trees are asked with, and their questions checked."""
+        return _digest(self.labels, self.focus if split == "focus" else self.cst, *all_checks())
 
     def answer_digest(self) -> str:
         """A digest of what answers are asked, checked and graded with."""
