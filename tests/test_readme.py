@@ -87,5 +87,10 @@ def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
         assert (document.parent / link).exists(), link
     for path in re.findall(r"`((?:augcon|tests|benchmarks|docs)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
-    flags = {"--" + name.replace("_", "-") for name in Settings.model_fields} | {"--help", "--tests", "--num_gpus"}
+    flags = {"--" + name.replace("_", "-") for name in Settings.model_fields} | {
+        "--help",
+        "--tests",
+        "--num_gpus",
+        "--no-demo",
+    }
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
