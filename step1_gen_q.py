@@ -73,7 +73,7 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
 async def grow_trees(
     settings: Settings, results: Results, llm: LLM, roots: list[RootContext], refills: Counter[int]
 ) -> list[Query]:
-    """Grows the trees of every root context and writes them; returns a random sample of their queries.
+    """Grows the trees of every root context and writes them; returns a random sample of their good queries.
 
     ``refills`` counts the further trees that step 2 wants from a root context.
     """
@@ -101,7 +101,7 @@ async def grow_trees(
         async for root, grown in map_in_order(fill, roots, 2 * settings.max_in_flight):
             write(root.root, grown.nodes)
             figures.add(grown)
-            for query in (query for node in grown.nodes for query in node.queries):
+            for query in (query for node in grown.nodes if not node.doubt for query in node.queries):
                 sample.offer(query)
     write_lines(results.short_roots, figures.short)
     figures.print(results.short_roots)
