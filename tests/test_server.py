@@ -18,7 +18,7 @@ from standins import Mark, fake_gpus, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
 from augcon.machine.gpus import require_gpu_numbers, visible_gpus
-from augcon.machine.server import port_of
+from augcon.machine.server import Server, port_of
 from augcon.machine.vllm import attention_heads, gpus_per_copy
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
@@ -177,6 +177,13 @@ def test_vllm_that_cannot_start_tells_the_first_fault_of_its_log(tmp_path: Path,
         says_one_line(done, "RuntimeError: CUDA out of memory", "server.log") and "loading the weights" in done.stderr
     )
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_warning_is_not_the_reason_why_a_server_ended(tmp_path: Path):
+    said = "(APIServer pid=7) WARNING 11-24 [utils.py:255] a low limit can cause `OSError: too many`\nValueError: bad"
+    server = Server(["echo", said], free_port(), tmp_path / "server.log")
+    with pytest.raises(UserError, match="status 0: ValueError: bad; see its log"):
+        server.wait_until_ready()
 
 
 def test_commands_that_are_none(tmp_path: Path, mark: Mark):

@@ -13,7 +13,7 @@ from pathlib import Path
 from augcon.errors import UserError, one_line
 from augcon.machine.processes import start
 
-_ERROR = re.compile(r"\b(\w*(?:[Ee]rror|Exception): .+)")
+_ERROR = re.compile(r"^(?!.* WARNING ).*?\b(\w*(?:[Ee]rror|Exception): .+)")
 _PROGRESS = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")  # a message of vLLM, or a progress bar
 
 
