@@ -100,8 +100,8 @@ def served(smollm2: Path) -> Iterator[Engine]:
 def test_it_asks_and_answers_and_every_node_is_accounted_for(served: Engine, tmp_path: Path, structured: str):
     results = tmp_path / "results"
     flags = ("--results", results, "--api-base", served.api, structured, "--max-in-flight", 8)
-    articles = corpus(tmp_path, [ARTICLES[1][:600]])
-    small = ("--corpus", articles, "--max-passes", 1, "--negatives", 1, "--query-max-tokens", 300)
+    articles = corpus(tmp_path, [text[:600] for text in ARTICLES[:2]])
+    small = ("--corpus", articles, "--max-passes", 1, "--negatives", 4, "--query-max-tokens", 300)
     done = run("step1_gen_q.py", *flags, *small, timeout=550)
     assert done.returncode == 0, done.stderr
     nodes = (results / "nodes.jsonl").read_text().splitlines()
@@ -112,7 +112,6 @@ def test_it_asks_and_answers_and_every_node_is_accounted_for(served: Engine, tmp
 
     filtered = {root: listed[:3] for root, listed in queries.items()}
     (results / "filtered_queries.json").write_text(json.dumps(filtered))
-    small = ("--candidates", 1, "--answer-tries", 2, "--answer-max-tokens", 200)
-    done = run("step3_gen_a.py", *flags, *small, timeout=550)
+    done = run("step3_gen_a.py", *flags, "--candidates", 1, "--answer-max-tokens", 200, timeout=550)
     assert done.returncode == 0, done.stderr
     assert len(datasets.load_from_disk(results / "sft_data")) > 0
