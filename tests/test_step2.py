@@ -147,7 +147,8 @@ def test_bad_questions_are_ranked_last_by_the_saved_scorer_which_gives_the_same_
     before = {row["id"]: row["score"] for row in lines(results / "scores.jsonl")}
     shutil.rmtree(results / "scores_parts")
     queries = read(results / "queries.json")
-    planted = ["主要讲了什么？", "有什么要注意的？", "为什么会这样？"]  # as weaker prompts ask, for any context
+    planted = ["主要讲了什么内容？", "什么是这个？", "请谈一谈看法。"]  # it has seen none like these
+    planted += ["主要讲了什么？", "有什么要注意的？", "为什么会这样？"]  # as weaker prompts ask
     for listed in queries.values():
         listed[:0] = [[listed[0][0], question] for question in planted]
     write(results / "queries.json", queries)

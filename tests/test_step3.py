@@ -159,6 +159,7 @@ def test_other_settings_and_examples_are_refused_until_redo_agrees_and_other_que
     )
     assert run(*command, "--qa-examples", other).returncode == 0
     origins = lines(results / "sft_origins.jsonl")
+    assert len(origins) + len(lines(results / "dropped_queries.jsonl")) == 6
     assert origins[-1]["id"].startswith("0:added:")
     assert origins[-1]["path"] is None and origins[0]["path"] is not None
 

@@ -54,6 +54,7 @@ def test_a_noise_that_never_parses_ends_every_node_after_its_tries(vllm: Engine,
     asked = [node for node in nodes if node["outcome"] != "too short"]  # a root whose replies are cut off is cut
     assert len(asked) >= 3 and all(node["outcome"] == "not parseable" and node["query"] is None for node in asked)
     assert all(0 < node["tries"] <= 4 for node in asked)
+    assert f"calls:   {sum(node['tries'] for node in asked)} in this run" in done.stdout
     assert f"not parseable {len(asked)}" in done.stdout and "0 of 3 have their quota" in done.stdout
 
 
