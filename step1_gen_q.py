@@ -101,7 +101,7 @@ async def grow_trees(
         async for root, grown in map_in_order(fill, roots, 2 * settings.max_in_flight):
             write(root.root, grown.nodes)
             figures.add(grown)
-            for query in (query for node in grown.nodes if not node.doubt for query in node.queries):
+            for query in grown.good_queries:
                 sample.offer(query)
     write_lines(results.short_roots, figures.short)
     figures.print(results.short_roots)

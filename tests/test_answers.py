@@ -199,6 +199,12 @@ def test_the_whole_root_context_is_shown_with_the_node_in_focus_and_the_answer_i
     assert "所问部分：" not in alone.rpartition("文本：")[2]
 
 
+def test_what_the_root_context_itself_says_is_no_mention_of_it():
+    said = "文章指出，桥已经拆了。"
+    for context, text in ((f"{ASKED.context}{said}", said), (ASKED.context, None)):
+        assert asyncio.run(answer_query(Model(said), ZH, [], ASKED, context, RULES)).text == text
+
+
 def answered(root: int, text: str | None) -> Answer:
     return Answer(Query(f"{root}:0:", root, "文本", f"第{root}问？"), text, 1)
 

@@ -74,6 +74,19 @@ def test_sentences_joined_give_back_the_text(text: str, min_length: int):
     assert "".join(focus.split_sentences(text, min_length)) == text
 
 
+def test_a_question_may_name_what_the_rest_of_the_root_context_holds():
+    text = TEXT + " All of them learnt from Agnes Brandt in 1931, as their parents had done before they took over."
+    root = dataclasses.replace(ROOT, text=text, length=length(text))
+
+    async def resolves(request: Request) -> Reply:
+        about = "Paris" if request.messages[-1]["content"].endswith("[1]") else "Agnes Brandt"
+        return Reply(f"Question: What did {about} teach the {next(TOPICS)} and {next(TOPICS)}?", complete=True)
+
+    nodes = asyncio.run(grow_tree(resolves, PROMPTS, root, RULES))
+    assert {node.doubt for node in nodes if node.context.startswith("The second")} == {""}
+    assert [node.doubt for node in nodes if node.context.startswith("The first") and node.query][-1].endswith("Paris")
+
+
 def test_a_refused_or_unparseable_node_ends_alone_with_its_reason():
     async def refuses(_: Request) -> Reply:
         raise Refused("refused with status 400")

@@ -260,6 +260,9 @@ def test_the_digest_changes_with_what_the_tree_asks_and_with_nothing_else():
     assert zh.tree_digest("rewrite") == load_prompts("zh").tree_digest("rewrite") != en.tree_digest("rewrite")
     for change in ({"instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.cst.examples[:2]}):
         assert edited(zh, "cst", **change).tree_digest("rewrite") != zh.tree_digest("rewrite")
+    focused = edited(zh, "focus", instruction="x")
+    assert focused.tree_digest("focus") != zh.tree_digest("focus") != zh.tree_digest("rewrite")
+    assert focused.tree_digest("rewrite") == zh.tree_digest("rewrite")
     for section in ("answer", "grade"):
         assert edited(zh, section, instruction="x").tree_digest("rewrite") == zh.tree_digest("rewrite")
         assert edited(zh, section, instruction="x").answer_digest() != zh.answer_digest()

@@ -12,7 +12,7 @@ import pytest
 from augcon.data import TOO_LONG, Node, Query, Refused, Reply, Request, RootContext, ScorerPair
 from augcon.method import pairs
 from augcon.method.questions import COPY
-from augcon.method.tree import TreeRules, coverage, fill_root, grow_tree
+from augcon.method.tree import Grown, TreeRules, coverage, fill_root, grow_tree
 from augcon.text.prompts import load_prompts
 from augcon.text.units import length, sentences
 
@@ -321,6 +321,14 @@ def test_a_pass_that_the_server_refuses_does_not_end_the_others():
     assert result.passes > 1 and result.diverse >= 1
 
 
+def test_the_scorer_learns_from_queries_without_a_doubt():
+    nodes = [
+        Node(0, 0, "", TEXT, "问一？", "done"),
+        Node(0, 0, "1", TEXT, "问二？", "done", doubt="speaks of the text"),
+    ]
+    assert [query.text for query in Grown(root_of(TEXT), nodes, 1, 2).good_queries] == ["问一？"]
+
+
 def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
     numbers = itertools.count()
 
@@ -376,6 +384,13 @@ def test_a_negative_like_the_good_query_is_asked_for_again_then_thrown_away_and_
     thrown_away = len(outcomes) - len(made)
     assert len(model.asked) == len(made) + RULES.tries * thrown_away
     assert all(pair.pos_query != pair.neg_query for pair in made)
+
+
+def test_a_negative_that_differs_from_the_good_query_by_a_mark_is_like_it():
+    def nearly(context: str, request: Request) -> str:
+        return f"问题：第{context.removeprefix(TEXT)}家面包店几点开门"
+
+    assert set(pairs_of(Model(nearly), QUERIES, negatives=1)) == {"like the good one"}
 
 
 def test_a_stop_string_is_used_once_as_it_may_have_cut_the_reply_short():

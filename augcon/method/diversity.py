@@ -17,8 +17,8 @@ def rouge_l_precision(candidate: Sequence[str], reference: Sequence[str]) -> flo
 
 
 def likeness(one: str, other: str) -> float:
-    """The lower of the ROUGE-L precisions of two texts against each other; 0 if either has no words."""
-    cut, other_cut = words(one), words(other)
+    """The lower of the ROUGE-L precisions of two texts against each other, marks aside; 0 if either has no words."""
+    cut, other_cut = ([word for word in words(text) if any(map(str.isalnum, word))] for text in (one, other))
     longer = max(len(cut), len(other_cut))
     return LCSseq.similarity(cut, other_cut) / longer if cut and other_cut else 0.0
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from augcon.data import TOO_LONG, Ask, Node, Outcome, Request, RootContext
+from augcon.data import TOO_LONG, Ask, Node, Outcome, Query, Request, RootContext
 from augcon.method import focus
 from augcon.method.ask import CUT_OFF, ask_until_parsed
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
@@ -199,6 +199,11 @@ class Grown:
     passes: int
     diverse: int
     refills: int = 0
+
+    @property
+    def good_queries(self) -> list[Query]:
+        """The queries with nothing doubtful, from which the scorer may learn."""
+        return [query for node in self.nodes if not node.doubt for query in node.queries]
 
     @property
     def shortfall(self) -> str:
