@@ -12,12 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from augcon.data import Pair, Refused, Reply, Request
 from augcon.errors import UserError, stage
 from augcon.files import digest, read_dataset, write_dataset
-from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.ordered import map_in_order
 from augcon.progress import bar
@@ -30,6 +29,9 @@ from augcon.text.parse import without_thinking
 from augcon.text.units import clean, length
 from config import Settings, load_settings, pick
 
+if TYPE_CHECKING:
+    from augcon.llm.client import LLM
+
 
 @stage
 def main() -> None:
@@ -38,6 +40,8 @@ def main() -> None:
 
 async def answer_questions(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: questions, answers in their order, figures."""
+    from augcon.llm.client import LLM, Endpoint  # slow: not for --help
+
     started = time.monotonic()
     questions, blank = read_questions(settings)
     outputs = outputs_folder(settings, results)
@@ -117,7 +121,7 @@ def files_digest(folder: Path) -> str:
     return digest([[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]) if files else ""
 
 
-async def ask_all(settings: Settings, llm: LLM, questions: list[str]) -> list[Reply | str]:
+async def ask_all(settings: Settings, llm: "LLM", questions: list[str]) -> list[Reply | str]:
     """The reply to each question, or why the server refused it. A blank one has an empty reply."""
 
     async def ask(question: str) -> Reply | str:

@@ -12,11 +12,11 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from augcon.data import Grades, Pair, Reply, Request
 from augcon.errors import UserError, stage
 from augcon.files import new_picture, read_dataset, write_json, write_lines
-from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules
 from augcon.method.judging import SCORES, Mean, coins, compare, grade, means_of
@@ -27,6 +27,9 @@ from augcon.run.recipe import run_recipe
 from augcon.run.report import format_counts, print_calls
 from augcon.run.results import Results
 from config import Settings, load_settings, pick
+
+if TYPE_CHECKING:
+    from augcon.llm.client import LLM
 
 
 @dataclasses.dataclass
@@ -49,6 +52,8 @@ def main() -> None:
 
 async def judge_outputs(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: outputs, grades, preferences where there are two, table and picture."""
+    from augcon.llm.client import LLM, Endpoint  # slow: not for --help
+
     started = time.monotonic()
     outputs = read_outputs(settings, results)
     number = len(next(iter(outputs.values())))
@@ -74,7 +79,7 @@ def read_outputs(settings: Settings, results: Results) -> dict[str, list[Pair]]:
     return outputs
 
 
-async def ask_judge(settings: Settings, llm: LLM, outputs: Mapping[str, Sequence[Pair]]) -> Judgement:
+async def ask_judge(settings: Settings, llm: "LLM", outputs: Mapping[str, Sequence[Pair]]) -> Judgement:
     """Has every answer graded, and of two folders the answers compared."""
     rules, window = pick(AnswerRules, settings), 2 * settings.max_in_flight
     folders = list(outputs.values())

@@ -12,11 +12,11 @@ import dataclasses
 import math
 import time
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from augcon.data import Query, Reply, Request, RootContext, ScorerPair
 from augcon.errors import stage
 from augcon.files import read_json, write_lines
-from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.method import pairs
 from augcon.method.tree import Grown, TreeRules, fill_root
@@ -28,6 +28,9 @@ from augcon.run.report import TreeFigures, format_skipped, print_calls, print_pa
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
 
+if TYPE_CHECKING:
+    from augcon.llm.client import LLM
+
 
 @stage
 def main() -> None:
@@ -36,6 +39,8 @@ def main() -> None:
 
 async def make_queries(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: root contexts, trees, scorer pairs, figures."""
+    from augcon.llm.client import LLM, Endpoint  # slow: not for --help
+
     started = time.monotonic()
     skipped: Counter[str] = Counter()
     roots = read_roots(pick(CorpusRules, settings), skipped)
@@ -71,7 +76,7 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
 
 
 async def grow_trees(
-    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], refills: Counter[int]
+    settings: Settings, results: Results, llm: "LLM", roots: list[RootContext], refills: Counter[int]
 ) -> list[Query]:
     """Grows the trees of every root context and writes them; returns a random sample of their good queries.
 
@@ -109,7 +114,7 @@ async def grow_trees(
 
 
 async def make_pairs(
-    settings: Settings, results: Results, llm: LLM, roots: list[RootContext], sample: list[Query]
+    settings: Settings, results: Results, llm: "LLM", roots: list[RootContext], sample: list[Query]
 ) -> int:
     """Makes the scorer's pairs, as many of each kind where that is possible, and writes them; returns their number."""
     made: dict[str, list[ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 from augcon.data import Answer, Query, RootContext
 from augcon.errors import UserError, stage
 from augcon.files import digest, read_lines, write_dataset, write_json, write_lines
-from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
@@ -32,6 +31,8 @@ from config import Settings, load_settings, pick
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from augcon.llm.client import LLM
 
 Searches = dict[Language, Search]
 Roots = dict[int, RootContext]  # by their number; empty where step 1 has left no list of them
@@ -52,6 +53,8 @@ def main() -> None:
 
 async def make_answers(settings: Settings, results: Results, store: Store) -> None:
     """The recipe: queries, search for examples, answers, figures."""
+    from augcon.llm.client import LLM, Endpoint  # slow: not for --help
+
     started = time.monotonic()
     queries = [query for listed in results.read_queries(results.filtered_queries).values() for query in listed]
     if not queries:
@@ -89,7 +92,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     results.record.finish("step 3", queries=digest(results.filtered_queries.read_bytes()))
 
 
-async def try_sets(settings: Settings, llm: LLM, search: Search, progress: "tqdm[None]") -> None:
+async def try_sets(settings: Settings, llm: "LLM", search: Search, progress: "tqdm[None]") -> None:
     """Tries every set of examples on the examples that it leaves out."""
     prompts, rules = load_prompts(search.language), pick(AnswerRules, settings)
 
@@ -104,7 +107,7 @@ async def try_sets(settings: Settings, llm: LLM, search: Search, progress: "tqdm
 
 
 async def answer_all(
-    settings: Settings, llm: LLM, searches: Searches, queries: list[Query], roots: Roots, progress: "tqdm[None]"
+    settings: Settings, llm: "LLM", searches: Searches, queries: list[Query], roots: Roots, progress: "tqdm[None]"
 ) -> list[Answer]:
     """Answers every query with the examples chosen for its language, and leaves out what is answered alike."""
     shown = {of: search.shown(search.winner) for of, search in searches.items()}

@@ -4,8 +4,6 @@ import dataclasses
 import random
 from collections.abc import Sequence
 
-import numpy as np
-
 from augcon.data import Ask, Grades, Pair, Request
 from augcon.method.answers import AnswerRules
 from augcon.method.ask import ask_until_parsed
@@ -56,6 +54,8 @@ class Mean:
 
 def mean_of(values: Sequence[int], seed: int) -> Mean:
     """The mean of at least one value with its interval (percentiles of resampled means)."""
+    import numpy as np  # slow: not for --help
+
     distinct, counts = np.unique(values, return_counts=True)
     # A resample of n values is a multinomial draw of how often each distinct one comes.
     drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), RESAMPLES)

@@ -7,13 +7,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
-
-import datasets
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from augcon.data import Article
 from augcon.errors import UserError, one_line
 from augcon.text.units import clean
+
+if TYPE_CHECKING:
+    import datasets
 
 Shape = TypeVar("Shape")
 TEXT = {".txt", ".md"}
@@ -118,7 +119,9 @@ def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: st
             raise UserError(f"{what} has no field {field!r}; its fields are: {offered}; {advice}")
 
 
-def _open_dataset(what: str, source: str, path: Path, split: str) -> datasets.Dataset:
+def _open_dataset(what: str, source: str, path: Path, split: str) -> "datasets.Dataset":
+    import datasets  # takes a second: not for --help, nor for what is no dataset
+
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
     suffix, known = path.suffix.lower(), {*BUILDERS, *JSON_LINES, *TEXT}

@@ -4,17 +4,19 @@ import itertools
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from augcon.data import Answer, ScorerPair
 from augcon.errors import one_line
-from augcon.llm.client import LLM
 from augcon.method.answers import Search
 from augcon.method.diversity import likeness
 from augcon.method.pairs import NEGATIVES
 from augcon.method.questions import COPY, CUT
 from augcon.method.tree import Grown, coverage
 from augcon.text.units import language, length
+
+if TYPE_CHECKING:
+    from augcon.llm.client import LLM
 
 
 def format_counts(counts: Counter[Any]) -> str:
@@ -132,7 +134,7 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
         print(f"pair:    {one_line(answer.query.text, 160)} → {one_line(answer.text, 160)}")
 
 
-def print_calls(llm: LLM, seconds: float) -> None:
+def print_calls(llm: "LLM", seconds: float) -> None:
     """Prints the figures of the client."""
     retries = Counter({kind: number for kind, number in llm.counts.items() if kind.startswith("retries")})
     calls = llm.counts["calls"]
