@@ -29,7 +29,7 @@ from augcon.llm.client import LLM, Endpoint  # noqa: E402
 from augcon.llm.store import Store  # noqa: E402
 from augcon.method.answers import AnswerRules, answer_query, plan_search, thin_out  # noqa: E402
 from augcon.method.contexts import split_corpus  # noqa: E402
-from augcon.method.diversity import rank_and_filter  # noqa: E402
+from augcon.method.diversity import Candidates, rank_and_filter  # noqa: E402
 from augcon.method.tree import Grown, TreeRules, coverage, fill_root  # noqa: E402
 from augcon.ordered import map_in_order  # noqa: E402
 from augcon.run.corpus import read_column, texts  # noqa: E402
@@ -168,7 +168,8 @@ async def figures(
 def keep(tree: Grown) -> list[Query]:
     """The queries that step 2 keeps where all scores are equal."""
     queries = [query for node in tree.nodes for query in node.queries]
-    places, _ = rank_and_filter([query.text for query in queries], [0.0] * len(queries), tree.root.quota, 0.7)
+    texts, scores = [query.text for query in queries], [0.0] * len(queries)
+    [(places, _)] = rank_and_filter([Candidates.of(tree.root.quota, texts, scores)], 0.7)
     return [queries[place] for place in places]
 
 

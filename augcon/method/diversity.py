@@ -1,13 +1,15 @@
 """ROUGE-L precision, and the choice of queries that differ: within a root context and across the corpus (paper 3.3)."""
 
+import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
-from augcon.data import Fate
+from augcon.data import Fate, Query
 from augcon.text.units import words
 
 
@@ -32,9 +34,15 @@ def _cut(query: str) -> str:
     return "".join(map(_CHARACTERS.__getitem__, words(query)))
 
 
-def _words_at(threshold: float, cut: str) -> int:
-    """The fewest words that make up this part of a query."""
-    return math.ceil(threshold * len(cut) - 1e-9)
+def _words_at(threshold: float, size: int) -> int:
+    """The fewest words that make up this part of a query of ``size`` words."""
+    return math.ceil(threshold * size - 1e-9)
+
+
+def _is_diverse(cut: str, kept: Sequence[str], threshold: float) -> bool:
+    """Whether the ROUGE-L precision against every one kept is below the threshold. One without words is not diverse."""
+    at_least = _words_at(threshold, len(cut))
+    return bool(cut) and process.extractOne(cut, kept, scorer=LCSseq.similarity, score_cutoff=at_least) is None
 
 
 class DiverseQueries:
@@ -48,8 +56,7 @@ class DiverseQueries:
     def offer(self, query: str) -> bool:
         """Keeps the query if it is diverse enough, and says whether it did. One without words is not kept."""
         cut = _cut(query)
-        at_least = _words_at(self.threshold, cut)
-        if not cut or process.extractOne(cut, self._cut, scorer=LCSseq.similarity, score_cutoff=at_least):
+        if not _is_diverse(cut, self._cut, self.threshold):
             return False
         self.kept.append(query)
         self._cut.append(cut)
@@ -62,58 +69,119 @@ class DiverseQueries:
         return len(self.kept)
 
 
-class Sweep:
-    """All queries kept so far, to find near-duplicates across the corpus (AugCon's own addition).
+def last_tree_added(queries: Sequence[Query], threshold: float) -> bool:
+    """Whether the last tree over a root context brought a query that differs from all of the trees before it."""
+    last = max((query.pass_number for query in queries if query.pass_number is not None), default=-1)
+    diverse = DiverseQueries(threshold)
+    before = diverse.offer_all(query.text for query in queries if query.pass_number != last)
+    return diverse.offer_all(query.text for query in queries if query.pass_number == last) > before
 
-    Two queries are alike when the ROUGE-L precision of each against the other is at least ``threshold``. They share
-    that part of their words, so among the few rarest of each is one that both have; only such pairs are compared.
+
+# The words looked up together. One alone would find every text on a frequent topic, four find hardly any but those
+# alike; texts in which more than three words may differ have too many fours, but rare words enough.
+_TOGETHER, _MOST_APART = 4, 3
+
+
+class Sweep:
+    """All texts kept so far, to find near-duplicates across the corpus (AugCon's own addition).
+
+    Two texts are alike when the ROUGE-L precision of each against the other is at least ``threshold``. So they share
+    that part of their words. Sort the words of each from the rarest on: the first four that they share are among the
+    first four and as many more as may differ. Texts are looked up by the fours among those (a short one is filled up
+    at its end), and only where one is the same are they compared. No text that is alike is missed.
     """
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self._with_word: defaultdict[str, list[str]] = defaultdict(list)
+        self._texts: list[tuple[str, int | None]] = []
+        self._first: dict[int, int] = {}  # the first text with a key; a list for each key would take twice the memory
+        self._others: defaultdict[int, list[int]] = defaultdict(list)
 
-    def has_like(self, query: str) -> bool:
-        """Whether a query kept before is alike."""
-        cut = _cut(query)
-        found = {other for word in self._rarest(cut) for other in self._with_word.get(word, ())}
-        nearest = process.extractOne(cut, found, scorer=LCSseq.normalized_similarity)  # LCS / length of the longer
-        return nearest is not None and nearest[1] >= self.threshold - 1e-9
+    def has_like(self, text: str) -> bool:
+        """Whether a text added before is alike."""
+        return self.has_like_cut(_cut(text))
 
-    def add(self, query: str) -> None:
-        """Adds a query that is kept."""
-        cut = _cut(query)
-        for word in set(self._rarest(cut)):
-            self._with_word[word].append(cut)
+    def add(self, text: str) -> None:
+        """Adds a text that is kept."""
+        self.add_cut(_cut(text))
 
-    def _rarest(self, cut: str) -> str:
-        """One word more than alike queries may differ in. A word first seen late is rare, and is a high character."""
-        return "".join(sorted(cut, reverse=True)[: len(cut) - _words_at(self.threshold, cut) + 1])
+    def has_like_cut(self, cut: str, root: int | None = None) -> bool:
+        """As ``has_like``, of a text that is cut, and looking only at those of other root contexts."""
+        size = len(cut)
+        together = {self._together(_words_at(self.threshold, size)), self._together(int(size / self.threshold + 1e-6))}
+        keys = [key for number in together for key in self._keys(cut, number)]
+        found = {self._first[key] for key in keys if key in self._first}
+        if not found:
+            return False
+        found.update(itertools.chain.from_iterable(self._others[key] for key in keys if key in self._others))
+        others = [text for text, of in map(self._texts.__getitem__, found) if of is None or of != root]
+        # LCS / length of the longer
+        scorer, cutoff = LCSseq.normalized_similarity, self.threshold - 1e-9
+        return process.extractOne(cut, others, scorer=scorer, score_cutoff=cutoff) is not None
+
+    def add_cut(self, cut: str, root: int | None = None) -> None:
+        """As ``add``, of a text that is cut."""
+        number = len(self._texts)
+        self._texts.append((cut, root))
+        for key in self._keys(cut, self._together(len(cut))):
+            if self._first.setdefault(key, number) != number:
+                self._others[key].append(number)
+
+    def _together(self, size: int) -> int:
+        """How many words of a text of this size are looked up together. Two alike must agree, so look both ways."""
+        return _TOGETHER if size - _words_at(self.threshold, size) <= _MOST_APART else 1
+
+    def _keys(self, cut: str, together: int) -> set[int]:
+        """The hashes by which it is found, if it has words. A word first seen late is rare, and is a high character."""
+        most_apart = len(cut) - _words_at(self.threshold, len(cut))
+        rarest = (sorted(cut, reverse=True) + ["\0"] * together)[: most_apart + together]
+        return set(map(hash, itertools.combinations(rarest, together))) if cut else set()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidates:
+    """The queries of a root context, cut to words, with their scores; ``quota`` is how many are wanted."""
+
+    quota: int
+    cuts: list[str]
+    scores: Sequence[float]
+
+    @classmethod
+    def of(cls, quota: int, queries: Iterable[str], scores: Sequence[float]) -> "Candidates":
+        return cls(quota, list(map(_cut, queries)), scores)
 
 
 def rank_and_filter(
-    queries: Sequence[str], scores: Sequence[float], quota: int, threshold: float, sweep: Sweep | None = None
-) -> tuple[list[int], list[Fate]]:
-    """The places of the queries to keep of one root context, best score first; and the fate of each query.
+    roots: Sequence[Candidates], threshold: float, sweep_threshold: float = 0
+) -> Iterator[tuple[list[int], list[Fate]]]:
+    """For each root context the places of the queries to keep, best score first; and the fate of each query.
 
-    From the best down, a query is kept when the sweep has none like it (else "alike elsewhere") and it is diverse from
-    all kept before (else "alike"), until there are ``quota``. Then the sweep takes the kept ones.
+    From the best query of the corpus down, one is kept when it is diverse from all that its root context keeps (else
+    "alike") and from other root contexts nothing like it is kept (else "alike elsewhere"; looked for from a
+    ``sweep_threshold`` above 0), until the root context has its quota. So within a root context it is the paper's
+    choice, the next in rank takes a swept place, and of two alike in the corpus the better one stays. That compares
+    scores of different contexts: it assumes that the centring term of the scorer's loss has put them on one scale.
+    Equal scores count in the order given.
     """
-    diverse = DiverseQueries(threshold)
-    fates: list[Fate] = ["over quota"] * len(queries)
-    kept: list[int] = []
-    for place in sorted(range(len(queries)), key=lambda place: -scores[place]):
-        if len(kept) == quota:
-            break
-        query = queries[place]
-        if sweep and sweep.has_like(query):
-            fates[place] = "alike elsewhere"
-        elif diverse.offer(query):
-            fates[place] = "kept"
-            kept.append(place)
+    sweep = Sweep(sweep_threshold) if sweep_threshold else None
+    kept: list[list[int]] = [[] for _ in roots]
+    kept_cuts: list[list[str]] = [[] for _ in roots]
+    fates: list[list[Fate]] = [["over quota"] * len(root.cuts) for root in roots]
+    ranked = [(-score, number, place) for number, root in enumerate(roots) for place, score in enumerate(root.scores)]
+    ranked.sort()
+    for _, number, place in ranked:
+        root = roots[number]
+        cut = root.cuts[place]
+        if len(kept[number]) == root.quota:
+            continue
+        if not _is_diverse(cut, kept_cuts[number], threshold):
+            fates[number][place] = "alike"
+        elif sweep and sweep.has_like_cut(cut, number):
+            fates[number][place] = "alike elsewhere"
         else:
-            fates[place] = "alike"
-    if sweep:
-        for place in kept:
-            sweep.add(queries[place])
-    return kept, fates
+            fates[number][place] = "kept"
+            kept[number].append(place)
+            kept_cuts[number].append(cut)
+            if sweep:
+                sweep.add_cut(cut, number)
+    return zip(kept, fates, strict=True)
