@@ -83,8 +83,9 @@ class Settings(BaseSettings):
     server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 
     demo: bool = _serving(False, "serve the demonstration engine, which answers by rules and is not an LLM")
-    tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as many as its heads allow", ge=0)
+    tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as few as leave room to batch", ge=0)
     serve_arguments: str = _serving("", "further arguments for vLLM, in one string")
+    dry_run: bool = _serving(False, "tell how the model would be spread over the GPUs, and start nothing")
 
     split: Literal["rewrite", "focus"] = _trees(
         "rewrite",

@@ -19,6 +19,7 @@ from typing import Any
 from augcon.data import Pair
 from augcon.errors import UserError, stage
 from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
 from augcon.run.record import Record
@@ -76,7 +77,7 @@ def read_inputs(settings: Settings) -> Inputs:
     """The pairs and the base. Raises UserError where something is missing or unfinished."""
     results = Results(settings.results)
     pairs = read_data(settings, results)
-    base = training.model_folder(settings.model)
+    base = model_folder(settings.model)
     trained_with = TrainedWith(
         base=str(base.resolve()) if base == Path(settings.model) else settings.model,
         weights=training.weights_digest(base),

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from augcon.errors import UserError, stage
 from augcon.files import new_folder
+from augcon.hub import model_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
 from augcon.train.adapters import TrainedWith, adapter_folder, read_adapter, trained_over
-from augcon.train.base import companions_digest, model_folder
+from augcon.train.base import companions_digest
 from augcon.train.merge import merge
 from config import load_settings
 

@@ -1,24 +1,31 @@
-"""Serves the model with vLLM on all GPUs, or with --demo the demonstration engine, until Ctrl-C.
+"""Serves the model with vLLM on the GPUs, or with --demo the demonstration engine, until Ctrl-C.
 
     python serve.py --model results/sft_model
     python serve.py --model results/sft_model -- python inference.py
+    python serve.py --dry-run
 
 The second form serves only while the command after -- runs, at a free port that the command finds in
 AUGCON_API_BASE, and ends with the command's status. However it ends, the server is stopped and the memory of the GPUs
-is free again. The server's log is server.log in the results folder.
+is free again. The server's log is server.log in the results folder. The third form tells how the model would be spread
+over the GPUs; it starts nothing, and downloads no more than the model's .json files.
 """
 
 import os
+import shlex
 import sys
 import time
 
 from augcon.errors import UserError, stage
-from augcon.machine.gpus import gpu_memory_released, visible_gpus
+from augcon.hub import Model, find_model
+from augcon.machine.gpus import gpu_memory_released, linked, require_driver, visible_gpus
 from augcon.machine.processes import exit_status, start, stopping_children
 from augcon.machine.server import Server, free_port, port_of, python_module
-from augcon.machine.vllm import vllm_command
+from augcon.machine.spread import Layout, busy, read_shape, spread
+from augcon.machine.vllm import require_vllm, vllm_command
 from augcon.run.results import Results
-from config import load_settings
+from config import Settings, load_settings
+
+LONG = 8192  # tokens of a long context with its examples and answer
 
 
 @stage
@@ -31,17 +38,27 @@ def main() -> None:
     settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
     port = free_port() if command else port_of(settings.api_base)
     if settings.demo:
-        serving, description = python_module("augcon.demo.engine", port), "the demonstration engine (rules, not an LLM)"
+        model, description = None, "the demonstration engine (rules, not an LLM)"
+        serving = python_module("augcon.demo.engine", port)
     else:
-        name, gpus = settings.api_model or settings.model, len(visible_gpus())
-        serving, description = vllm_command(
-            settings.model, name, port, gpus, settings.tensor_parallel, settings.serve_arguments
-        )
+        require_vllm()
+        model = find_model(settings.model)
+        layout, description = plan(model, settings)
+        name = settings.api_model or settings.model
+        serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments)
+    if settings.dry_run:
+        print(f"download: {model.to_download() if model else 'nothing'}\ncommand: {shlex.join(serving)}")
+        return
+    if model:
+        model.download()
     with gpu_memory_released(), stopping_children(stop_with_parent=bool(command)):
         server = Server(serving, port, Results(settings.results).server_log)
         print(f"server:  starting {description}; its log is {server.log}", flush=True)
         server.wait_until_ready()
         print(f"server:  ready at {server.api_base}{'' if command else '; Ctrl-C stops it'}", flush=True)
+        if 0 < (longest := server.longest_request()) < LONG:
+            limit = "which is the model's limit or all that the memory holds"
+            print(f"warning: prompt and reply have {longest:,} tokens in all, {limit}; long ones fail", file=sys.stderr)
         # The server has one model. A name that was set for another server would not find it.
         environment = {**os.environ, "AUGCON_API_BASE": server.api_base, "AUGCON_API_MODEL": ""}
         process = start(command, environment) if command else None
@@ -49,6 +66,28 @@ def main() -> None:
             server.check()
             time.sleep(0.1)
     sys.exit(exit_status(process))
+
+
+def plan(model: Model, settings: Settings) -> tuple[Layout | None, str]:
+    """How a model is spread over the GPUs, None where there are none, and what to call that.
+
+    Raises UserError where it does not fit, before anything is downloaded.
+    """
+    gpus = visible_gpus()
+    if not gpus:
+        return None, f"vLLM with {model.name} on the CPU"
+    require_driver(gpus)
+    shape, nvlink = read_shape(model), linked(gpus)
+    layout = spread(shape, gpus, nvlink, settings.tensor_parallel)
+    if others := busy(gpus):
+        print(f"warning: {others}; vLLM takes {layout.utilisation:.0%} of each GPU", file=sys.stderr)
+    if settings.dry_run:
+        link = "" if len(gpus) == 1 else ", NVLink" if nvlink else ", PCIe"
+        print(f"GPUs:    {len(gpus)} × {gpus[0].name} of {gpus[0].total / 1024:.1f} GiB{link}")
+        print(f"model:   {shape.weights / 1e9:.1f} GB of weights, {shape.token / 1e3:,.0f} kB a token in the cache")
+        print(f"spread:  {layout}, {layout.utilisation:.0%} of the memory")
+        print(f"room:    {layout.room:,} tokens a copy; {layout.data * layout.batch:,} usual requests at once in all")
+    return layout, f"vLLM with {model.name}: {layout}"
 
 
 if __name__ == "__main__":

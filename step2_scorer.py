@@ -84,8 +84,9 @@ def train_and_score(
     settings: Settings, results: Results, roots: list[RootContext], queries: Queries, pairs: list[ScorerPair]
 ) -> dict[str, float]:
     """The score of every query by its id, from the scorer that is there or a new one."""
+    from augcon.hub import model_folder
     from augcon.train import loop, scorer
-    from augcon.train.base import companions_digest, load_tokenizer, model_folder, weights_digest
+    from augcon.train.base import companions_digest, load_tokenizer, weights_digest
 
     base = settings.scorer_model or settings.model
     folder = on_main(lambda: model_folder(base))

@@ -12,12 +12,13 @@ from augcon import data
 BASE = {"data", "errors", "files", "ordered", "progress"}  # what any room may use
 MAY_IMPORT = {
     **{room: {"data", "errors"} for room in BASE},
+    "hub": {"errors"},
     "text": {"data", "errors"},
     "llm": {"data", "errors", "text"},
     "method": {"data", "errors", "ordered", "text"},
-    "train": {"data", "errors", "files", "progress"},
+    "train": {"data", "errors", "files", "hub", "progress"},
     "run": {"data", "errors", "files", "llm", "method", "progress", "text"},
-    "machine": {"errors"},
+    "machine": {"errors", "hub"},
     "demo": {"data", "errors", "text"},
     "plan": {"errors", "files", "machine", "run"},  # a script, though it lives here: augcon.sh asks it
 }

@@ -90,7 +90,7 @@ def test_the_model_is_tuned_merged_served_and_answers(scored: Path, engine: Engi
 @pytest.fixture(scope="module")
 def served(smollm2: Path) -> Iterator[Engine]:
     port = free_port()
-    server = Engine(vllm_command(str(smollm2), "smollm2", port, 0, 0, "")[0], port, patience=300)
+    server = Engine(vllm_command(smollm2, "smollm2", port, None, ""), port, patience=300)
     yield server
     server.stop()
 

@@ -1,8 +1,8 @@
 """serve.py: what it starts, that it ends with everything it started, and what it says when the server dies."""
 
 import itertools
-import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,16 +12,14 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, free_port, says_one_line
-from hypothesis import given
-from hypothesis import strategies as st
-from standins import Mark, fake_gpus, fake_vllm, wait_for, with_path
+from standins import Mark, fake_gpus, fake_model, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
-from augcon.machine.gpus import require_gpu_numbers, visible_gpus
 from augcon.machine.server import Server, port_of
-from augcon.machine.vllm import attention_heads, gpus_per_copy
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
+QWEN_7B = {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "hidden_size": 3584}
+QWEN_72B = {"num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "hidden_size": 8192}
 # A command that notes the server's address and goes on; a child of it leaves its group, and may heed no SIGTERM.
 LASTING = """
 import os, pathlib, subprocess, sys, time
@@ -152,37 +150,102 @@ def test_addresses_that_cannot_be_served():
 
 
 def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_path: Path, mark: Mark):
-    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 28, "num_key_value_heads": 4}))
+    model = fake_model(tmp_path / "model", 145_412_407_296, **QWEN_72B)
     mark.environment |= {"PATH": with_path(fake_gpus(tmp_path, 8)), "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,6"}
     mark.environment["PYTHONPATH"] = f"{fake_vllm(tmp_path)}:{ROOT}"
-    flags = ["--model", tmp_path, "--results", tmp_path / "r", "--serve-arguments", "--dtype 'a b'"]
+    flags = ["--model", model, "--results", tmp_path / "r", "--serve-arguments", "--dtype 'a b'"]
     done = ended(serve(mark, *flags, "--", "true"))
-    assert done.returncode == 0, done.stderr
-    arguments = (tmp_path / "arguments").read_text().splitlines()
-    given = dict(itertools.pairwise(arguments))
-    assert given["--model"] == given["--served-model-name"] == str(tmp_path)
-    assert given["--tensor-parallel-size"] == "2" and given["--data-parallel-size"] == "3"
-    assert given["--dtype"] == "a b" and given["--host"] == "127.0.0.1"
-    assert given["--generation-config"] == "vllm"  # no sampling but AugCon's
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert f"starting vLLM with {model}: 1 copy on 4 GPUs; 2 GPUs idle" in done.stdout
+    given = (tmp_path / "arguments").read_text().splitlines()
+    assert given[:4] == ["serve", str(model), "--host", "127.0.0.1"] and given[-2:] == ["--dtype", "a b"]
+    options = dict(itertools.pairwise(given))
+    assert options["--tensor-parallel-size"] == "4" and options["--data-parallel-size"] == "1"
+    assert options["--served-model-name"] == str(model) and options["--gpu-memory-utilization"] == "0.92"
+    assert options["--generation-config"] == "vllm"  # no sampling but AugCon's
+    assert "--enable-prompt-tokens-details" in given  # the share of the prefix cache is told
+    assert "VLLM_ENGINE_READY_TIMEOUT_S=7200" in (tmp_path / "environment").read_text().splitlines()
     assert len((tmp_path / "questions").read_text()) == 4  # until the memory is free, and no longer
-    refused = ended(serve(mark, *flags, "--tensor-parallel", 3, "--", "true"))
-    assert says_one_line(refused, "28 attention heads", "1, 2, 4") and "server.log" not in refused.stdout
 
 
-def test_vllm_that_cannot_start_tells_the_first_fault_of_its_log(tmp_path: Path, mark: Mark):
-    mark.environment["PYTHONPATH"] = f"{fake_vllm(tmp_path)}:{ROOT}"
+def test_a_server_that_takes_only_short_prompts_is_pointed_out(tmp_path: Path, mark: Mark):
+    model = fake_model(tmp_path / "model", 15_231_233_024, **QWEN_7B)
+    mark.environment["PATH"] = with_path(fake_gpus(tmp_path, 1))
+    for longest, said in ((8191, "warning: prompt and reply have 8,191 tokens"), (8192, "")):
+        mark.environment["PYTHONPATH"] = f"{fake_vllm(tmp_path / str(longest), longest)}:{ROOT}"
+        done = ended(serve(mark, "--model", model, "--results", tmp_path / "r", "--", "true"))
+        assert done.returncode == 0 and (said in done.stderr if said else done.stderr == ""), done.stderr
+
+
+def test_vllm_that_cannot_start_tells_the_fault_in_its_log(tmp_path: Path, mark: Mark):
+    mark.environment |= {"PYTHONPATH": f"{fake_vllm(tmp_path)}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
     (tmp_path / "error").write_text("CUDA out of memory")
-    done = ended(serve(mark, "--model", "m", "--no-demo", "--results", tmp_path / "r", "--", "touch", tmp_path / "ran"))
-    assert (
-        says_one_line(done, "RuntimeError: CUDA out of memory", "server.log") and "loading the weights" in done.stderr
-    )
+    flags = ["--model", fake_model(tmp_path / "m", 1), "--no-demo", "--results", tmp_path / "r"]
+    done = ended(serve(mark, *flags, "--", "touch", tmp_path / "ran"))
+    assert says_one_line(done, "RuntimeError: CUDA out of memory", "server.log")
+    assert "loading the weights" in done.stderr  # the end of the log
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_warning_is_not_the_reason_why_a_server_ended(tmp_path: Path):
-    said = "(APIServer pid=7) WARNING 11-24 [utils.py:255] a low limit can cause `OSError: too many`\nValueError: bad"
-    server = Server(["echo", said], free_port(), tmp_path / "server.log")
-    with pytest.raises(UserError, match="status 0: ValueError: bad; see its log"):
+# As vLLM 0.32 writes them; of the tracebacks, only the last lines.
+SURVIVED = "(APIServer pid=7) ERROR 11-24 09:00:00 [utils.py:9] OSError: no connection, trying again"
+WARNED = "(APIServer pid=7) WARNING 11-24 09:00:01 [utils.py:255] a low limit can cause `OSError: too many open files`"
+ALIVE = "(APIServer pid=7) INFO 11-24 09:00:00 [loggers.py:311] Engine 000: Avg generation throughput: 2000 tokens/s"
+WORKER, ENGINE = (
+    f"({name} pid={pid}) ERROR 11-24 10:00:0{pid} [{file}]"
+    for name, pid, file in (("Worker_TP1", 5, "multiproc_executor.py:953"), ("EngineCore", 6, "core.py:1510"))
+)
+STARTS = [
+    f"{WORKER} WorkerProc failed to start.",
+    f"{WORKER} Traceback (most recent call last):",
+    f"{WORKER} torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB",
+    f"{WORKER} During handling of the above exception, another exception occurred:",
+    f"{WORKER} RuntimeError: no memory to warm up with 1024 requests",
+    "(Worker_TP0 pid=4) RuntimeError: [gloo] Connection closed by peer",
+    f"{ENGINE} EngineCore failed to start.",
+    f"{ENGINE} Exception: WorkerProc initialization failed due to an exception in a background process. "
+    "See stack trace for root cause.",
+    "(APIServer pid=7) INFO 11-24 10:00:09 [launcher.py:9] an error: shutting down",
+    "(APIServer pid=7) RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+]
+RUNS = [
+    f"{ENGINE} EngineCore encountered a fatal error.",
+    f"{ENGINE} Traceback (most recent call last):",
+    f"{ENGINE} torch.AcceleratorError: CUDA error: an illegal memory access was encountered",
+    "(APIServer pid=7) ERROR 11-24 10:00:07 [async_llm.py:8] vllm.v1.engine.exceptions.EngineDeadError: EngineCore "
+    "encountered an issue. See stack trace (above) for the root cause.",
+    "(APIServer pid=7) ERROR 11-24 10:00:08 [serving.py:9] ConnectionError: a request was cut off",
+]
+CONFIGURED = ["ValidationError: 1 validation error for ModelConfig", "  Value error, the model type `m` is not known"]
+POINTER = "RuntimeError: Engine core initialization failed. See root cause above."
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        (STARTS, ": RuntimeError: no memory to warm up with 1024 requests"),
+        (RUNS, ": AcceleratorError: CUDA error: an illegal memory access was encountered"),
+        (CONFIGURED, ": Value error, the model type `m` is not known"),
+        (["api_server.py: error: argument --dtype: invalid choice"], ": error: argument --dtype: invalid choice"),
+        (["ValueError: no such thing", POINTER], ": ValueError: no such thing"),
+        ([POINTER], f": {POINTER}"),
+        (["killed"], ""),
+    ],
+    ids=["a worker cannot start", "an engine fails", "refused settings", "an argument", "above", "a pointer", "none"],
+)
+def test_the_reason_why_a_server_ended_is_what_failed_first_of_what_it_did_not_survive(
+    tmp_path: Path, log: list[str], reason: str
+):
+    said = "\n".join([SURVIVED, *60 * [ALIVE], WARNED, *log])
+    server = Server(["sh", "-c", f"echo {shlex.quote(said)}; exit 3"], free_port(), tmp_path / "server.log")
+    with pytest.raises(UserError) as raised:
+        server.wait_until_ready()
+    assert str(raised.value) == f"the server has ended with status 3{reason}; see its log, {server.log}"
+
+
+def test_a_warning_is_no_reason(tmp_path: Path):
+    server = Server(["echo", WARNED], free_port(), tmp_path / "server.log")
+    with pytest.raises(UserError, match="has ended with status 0; see its log"):
         server.wait_until_ready()
 
 
@@ -191,58 +254,3 @@ def test_commands_that_are_none(tmp_path: Path, mark: Mark):
     assert says_one_line(ended(serve(mark, *flags, "--")), "no command after --")
     assert says_one_line(ended(serve(mark, *flags, "--", "no-such-command")), "no-such-command")
     assert not mark.alive()
-
-
-@pytest.mark.parametrize(
-    ("gpus", "heads", "kv_heads", "size"),
-    [
-        (1, 40, 8, 1),
-        (8, 40, 8, 8),  # Qwen1.5-32B
-        (8, 28, 4, 4),  # Qwen2.5-7B
-        (6, 40, 8, 2),
-        (5, 40, 8, 1),  # 5 divides the heads, but not the key-value heads
-        (7, 64, 8, 1),
-        (16, 64, 8, 16),  # two copies of the keys and values
-    ],
-)
-def test_how_many_gpus_share_one_copy_of_a_model(gpus: int, heads: int, kv_heads: int, size: int):
-    assert gpus_per_copy(gpus, heads, kv_heads) == size
-
-
-def test_a_number_of_gpus_of_ones_own():
-    assert gpus_per_copy(8, 40, 8, wanted=2) == 2
-    assert gpus_per_copy(3, 40, 8, wanted=2) == 2
-    for wanted, reason in ((3, "40 attention heads"), (5, "8 key-value heads"), (16, "8 GPUs")):
-        with pytest.raises(UserError, match=reason):
-            gpus_per_copy(8, 40, 8, wanted=wanted)
-
-
-@given(st.integers(1, 32), st.integers(1, 16), st.integers(1, 8))
-def test_every_model_can_be_served_on_all_gpus(gpus: int, kv_heads: int, groups: int):
-    size = gpus_per_copy(gpus, kv_heads * groups, kv_heads)
-    assert gpus % size == 0 and (kv_heads * groups) % size == 0
-
-
-def test_the_heads_of_a_model(tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"num_attention_heads": 32}}))
-    assert attention_heads(str(tmp_path)) == (32, 32)
-    with pytest.raises(UserError, match="no-such-folder"):
-        attention_heads(str(tmp_path / "no-such-folder"))
-
-
-def test_the_gpus_that_may_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PATH", with_path(fake_gpus(tmp_path, 3)))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert len(visible_gpus()) == 3
-    for chosen, count in {"": 0, "1": 1, "2,0": 2, "GPU-stand-in-1": 1, "0,9,1": 1, "-1": 0}.items():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        assert len(visible_gpus()) == count, chosen
-    for chosen in ("", "1", "2,0", "0, 1", "-1"):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        require_gpu_numbers()
-    for chosen, numbers in {"GPU-stand-in-2,GPU-stand-in-0": "2,0", "MIG-1": "0,1", "1,GPU-stand-in-0": "1,0"}.items():
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
-        with pytest.raises(UserError, match=f"such as {numbers}$"):
-            require_gpu_numbers()
-    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")  # a driver that does not answer
-    assert visible_gpus() == []

@@ -1,6 +1,7 @@
 """A server process on this machine: its port, its log, and whether it is ready."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -13,13 +14,16 @@ from pathlib import Path
 from augcon.errors import UserError, one_line
 from augcon.machine.processes import start
 
-_ERROR = re.compile(r"^(?!.* WARNING ).*?\b(\w*(?:[Ee]rror|Exception): .+)")
+_FAULT = re.compile(r"^(?!.* (?:INFO|WARNING) ).*?\b(\w*(?:[Ee]rror|Exception): .+|Value error, .+)")
+# With what each line of vLLM's record begins that tells why one of its processes ended.
+_RECORD = re.compile(r"(.* ERROR .*\]) \w+ (?:failed to start|encountered a fatal error)")
+_without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _PROGRESS = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")  # a message of vLLM, or a progress bar
 
 
-def python_module(module: str, port: int) -> list[str]:
+def python_module(module: str, port: int, *arguments: str) -> list[str]:
     """The command that serves a Python module on loopback. With -P, nothing in the working directory shadows it."""
-    return [sys.executable, "-P", "-m", module, "--host", "127.0.0.1", "--port", str(port)]
+    return [sys.executable, "-P", "-m", module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
 
 
 def free_port(wanted: int = 0) -> int:
@@ -41,6 +45,19 @@ def port_of(api_base: str) -> int:
         raise UserError(f"cannot listen at {api_base} ({one_line(error)}); choose another --api-base") from error
 
 
+def _reason(lines: list[str]) -> str:
+    """The fault in a log that ended the server.
+
+    It is the last of the record about the first process that failed, since the others fail because of it, or else the
+    last near the end: what came before was survived. A fault that only points at the root cause is not it.
+    """
+    record = next((match[1] for line in lines if (match := _RECORD.match(line))), "")
+    end = lines if record else lines[-50:]
+    faults = [match[1] for line in end if line.startswith(record) and (match := _FAULT.match(line))]
+    named = [fault for fault in faults if "root cause" not in fault]
+    return "".join(f": {fault[:300]}" for fault in (named or faults)[-1:])
+
+
 class Server:
     """A server process with its own log. Start it inside ``processes.stopping_children``, which stops it."""
 
@@ -60,13 +77,12 @@ class Server:
 
     def wait_until_ready(self) -> None:
         """Waits until the server answers; prints every 15 seconds what it is doing. Raises as ``check``."""
-        without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         started = printed = time.monotonic()
         while True:
             self.check()
             with (
                 contextlib.suppress(OSError),
-                without_proxy.open(self.api_base.removesuffix("v1") + "health", timeout=5),
+                _without_proxy.open(self.api_base.removesuffix("v1") + "health", timeout=5),
             ):
                 return
             if time.monotonic() - printed >= 15:
@@ -75,6 +91,15 @@ class Server:
                 print(f"server:  {printed - started:.0f} s: {messages[-1][:140] if messages else ''}", flush=True)
             time.sleep(0.2)
 
+    def longest_request(self) -> int:
+        """Tokens of the longest prompt and reply, as vLLM tells them; 0 where the server does not."""
+        with (
+            contextlib.suppress(OSError, ValueError, LookupError),
+            _without_proxy.open(f"{self.api_base}/models", timeout=30) as reply,
+        ):
+            return int(json.load(reply)["data"][0]["max_model_len"])
+        return 0
+
     def check(self) -> None:
         """If the server has ended, prints the end of its log and raises UserError."""
         status = self.process.poll()
@@ -82,8 +107,7 @@ class Server:
             return
         lines = self._log_lines()
         print(*(f"  | {line[:200]}" for line in lines[-8:]), sep="\n", file=sys.stderr)
-        reason = next((f": {match[1][:300]}" for line in lines if (match := _ERROR.search(line))), "")
-        raise UserError(f"the server has ended with status {status}{reason}; see its log, {self.log}")
+        raise UserError(f"the server has ended with status {status}{_reason(lines)}; see its log, {self.log}")
 
     def _log_lines(self) -> list[str]:
         with self.log.open(encoding="utf-8", errors="replace") as file:

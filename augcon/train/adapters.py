@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
-from augcon.train.base import model_folder, weights_digest
+from augcon.hub import model_folder
+from augcon.train.base import weights_digest
 
 # Fields of LoraConfig that the merge takes into account, or that change nothing once the training is over. Any
 # other one must be as it is by default.

@@ -1,4 +1,4 @@
-"""Base models: finding one, telling its content, loading it on this process's device, its tokenizer, LoRA and NF4."""
+"""Base models: telling the content of one, loading it on this process's device, its tokenizer, LoRA and NF4."""
 
 import json
 import logging
@@ -9,18 +9,17 @@ from typing import Any, Literal
 import peft
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
+from augcon.hub import COMPANIONS
 from augcon.train.ranks import waiting_group
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which is imported later
 
 Quantization = Literal["auto", "nf4", "none"]
-# What a model needs besides its weights (configuration, tokenizer, templates), and what lies beside it.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
+# What lies beside a model and its companions.
 _NOT_COMPANIONS = ("*.index.json", "adapter_config.json", "run.json")
 
 
@@ -94,22 +93,6 @@ def lora(task_type: str) -> peft.LoraConfig:
 # A model on disk
 
 
-def model_folder(name: str) -> Path:
-    """The folder of a base model, downloaded from the hub unless it is a folder here. Raises UserError without one."""
-    if Path(name).is_dir():
-        return Path(name)
-    if Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise UserError(f"there is no folder {name}; give a model's folder or its name on the hub")
-    try:
-        wanted = ["*.safetensors", *_COMPANIONS]
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["consolidated*", "*/*"]))
-    except (OSError, ValueError) as error:  # the hub's errors are of these kinds
-        raise UserError(
-            f"model {name!r} is neither a folder nor available from the hub ({one_line(error, 160)}); give a model's "
-            "folder, check the name and the network, or use what is downloaded already with HF_HUB_OFFLINE=1"
-        ) from error
-
-
 def weight_files(folder: Path) -> list[Path]:
     """The .safetensors files of a model. Raises UserError when there are none."""
     index = folder / "model.safetensors.index.json"
@@ -143,7 +126,7 @@ def weights_digest(folder: Path) -> str:
 
 def companions(folder: Path) -> list[Path]:
     """The files of a model that are not weights: configuration, tokenizer, chat template, licence."""
-    found = {path for pattern in _COMPANIONS for path in folder.glob(pattern)}
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
     return sorted(path for path in found if not any(path.match(other) for other in _NOT_COMPANIONS))
 
 
