@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from augcon.data import Example
-from augcon.demo.rules import recognise
+from augcon.demo.rules import recognise, reply_to
 from augcon.errors import UserError
 from augcon.method.diversity import rouge_l_precision
 from augcon.text import prompts as room
@@ -48,6 +48,8 @@ def test_both_languages_have_the_same_structure():
 
 @both
 def test_instructions_are_in_the_language_and_name_the_labels(prompts: Prompts):
+    assert prompts.line(prompts.labels.question, "") in prompts.cst.question_instruction
+    assert not any(label in prompts.cst.question_instruction for label in prompts.labels.halves)
     for instruction in (prompts.cst.instruction, prompts.cst.weak_instruction):
         assert language(instruction) == prompts.language
         assert all(
@@ -104,6 +106,18 @@ def test_negatives_are_derived_from_the_same_prompt(prompts: Prompts):
     assert weak[0]["content"] == full[0]["content"].replace(prompts.cst.instruction, prompts.cst.weak_instruction)
     assert one == [*full[:2], full[-1]]
     assert prompts.cst_messages("甲", weak=True, examples=1) == [*weak[:2], weak[-1]]
+
+
+@both
+def test_a_question_alone_is_asked_after_the_shorter_examples_without_their_halves(prompts: Prompts):
+    messages = prompts.question_messages(VERBATIM)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    assert messages[0]["content"].startswith(prompts.cst.question_instruction)
+    assert messages[-1] == prompts.cst_messages(VERBATIM)[-1]
+    assert [message["content"] for message in messages[1::2]] == [
+        prompts.line(prompts.labels.question, example.question) for example in prompts.cst.examples[1:]
+    ]
+    assert len(as_text(messages)) < 0.4 * len(as_text(prompts.cst_messages(VERBATIM)))
 
 
 @both
@@ -258,7 +272,8 @@ def test_a_missing_file_and_one_without_examples_are_told(tmp_path, monkeypatch)
 def test_the_digest_changes_with_what_the_tree_asks_and_with_nothing_else():
     zh, en = BOTH
     assert zh.tree_digest("rewrite") == load_prompts("zh").tree_digest("rewrite") != en.tree_digest("rewrite")
-    for change in ({"instruction": "x"}, {"weak_instruction": "x"}, {"examples": zh.cst.examples[:2]}):
+    changes = [{key: "x"} for key in ("instruction", "weak_instruction", "question_instruction")]
+    for change in (*changes, {"examples": zh.cst.examples[:2]}):
         assert edited(zh, "cst", **change).tree_digest("rewrite") != zh.tree_digest("rewrite")
     focused = edited(zh, "focus", instruction="x")
     assert focused.tree_digest("focus") != zh.tree_digest("focus") != zh.tree_digest("rewrite")
@@ -285,6 +300,15 @@ def test_an_edit_of_either_language_s_checks_changes_the_digests_of_trees_and_an
     monkeypatch.setattr(room, "load_prompts", functools.cache(load_prompts.__wrapped__))
     now = [room.load_prompts(prompts.language) for prompts in BOTH]
     assert all(not before & {prompts.answer_digest(), prompts.tree_digest("rewrite")} for prompts in now)
+
+
+@both
+def test_the_demonstration_engine_answers_a_question_alone_as_one_of_a_tree(prompts: Prompts):
+    context = prompts.cst.examples[2].context
+    asked = prompts.question_messages(context)
+    assert all(recognise(form)[2:] == (as_text(asked[:-1]), context) for form in (asked, as_text(asked)))
+    replies = {reply_to(asked, seed) for seed in range(20)}
+    assert len(replies) > 3 and all(re.fullmatch(prompts.question_pattern(), reply) for reply in replies)
 
 
 def test_the_demonstration_engine_follows_an_edit_of_the_prompts_while_it_runs(tmp_path, monkeypatch):

@@ -28,6 +28,9 @@ def reply_to(prompt: list[Message] | str, seed: int | None) -> str:
         return str(_SAYINGS[task.prompts.language]["other"])
     if "focus" in task.kind:
         return _focused(task, seed)
+    if task.kind == "leaf":
+        question = _question(task, task.last, True, random.Random(f"{seed}\n{task.fixed}{task.last}"))
+        return task.prompts.line(task.prompts.labels.question, question)
     if "tree" in task.kind:
         return _tree(task, random.Random(f"{seed}\n{task.fixed}{task.last}"))
     return _answer(task) if task.kind == "answer" else _graded(task)
@@ -58,6 +61,7 @@ def recognise(prompt: list[Message] | str) -> Task:
         for kind, instruction in {
             "tree": prompts.cst.instruction,
             "weak tree": prompts.cst.weak_instruction,
+            "leaf": prompts.cst.question_instruction,
             "focus": prompts.focus.instruction,
             "weak focus": prompts.focus.weak_instruction,
             "answer": prompts.answer.instruction,
@@ -67,10 +71,13 @@ def recognise(prompt: list[Message] | str) -> Task:
         }.items():
             if whole.startswith(f"{instruction}\n\n"):
                 fixed = f"{instruction}\n\n"
-                if "tree" in kind or "focus" in kind:
+                if kind.endswith(("tree", "leaf", "focus")):
                     weak = kind.startswith("weak")
-                    messages = prompts.cst_messages("", weak=weak), prompts.focus_messages([], 0, 0, weak=weak)
-                    shown = messages["focus" in kind][:-1]
+                    *shown, _ = {
+                        "tree": prompts.cst_messages("", weak=weak),
+                        "leaf": prompts.question_messages(""),
+                        "focus": prompts.focus_messages([], 0, 0, weak=weak),
+                    }[kind.removeprefix("weak ")]
                     known = (as_text(shown[:number]) for number in range(2, len(shown) + 1, 2))
                     fixed = max([fixed, *filter(whole.startswith, known)], key=len)
                 elif kind == "answer":

@@ -48,6 +48,7 @@ class WorkedExample(_Section):
 
 class Tree(Instruction):
     weak_instruction: Text
+    question_instruction: Text
     examples: tuple[WorkedExample, ...] = Field(min_length=1)
 
 
@@ -121,6 +122,13 @@ class Prompts(_Section):
         for example in self.cst.examples[:examples]:
             turns += [self._context(example.context), self.cst_reply(example.question, example.halves)]
         return _turns(self.cst.weak_instruction if weak else self.cst.instruction, [*turns, self._context(context)])
+
+    def question_messages(self, context: str) -> list[Message]:
+        """Asks for the query alone, about a context that is too short to be split, after the shorter examples."""
+        turns = []
+        for example in self.cst.examples[-2:]:
+            turns += [self._context(example.context), self.line(self.labels.question, example.question)]
+        return _turns(self.cst.question_instruction, [*turns, self._context(context)])
 
     def cst_reply(self, question: str, halves: tuple[str, str]) -> str:
         """A reply in the form that the instruction asks for."""
