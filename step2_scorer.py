@@ -10,24 +10,24 @@ quota, refills.json (another tree for each, for step 1). Run it again and it con
 import contextlib
 import dataclasses
 import shutil
+from array import array
 from collections import Counter
 
-from augcon.data import Query, RootContext, ScorerPair
+from augcon.data import RootContext, ScorerPair
 from augcon.errors import UserError, stage
-from augcon.files import digest, read_json, write_json, write_lines
+from augcon.files import digest, file_digest, json_line, new_file, read_json, write_json
 from augcon.machine.gpus import visible_gpus
-from augcon.method.diversity import Sweep, rank_and_filter
+from augcon.method.diversity import Candidates, last_tree_added, rank_and_filter
 from augcon.method.pairs import NEGATIVES
 from augcon.run.record import Inputs
 from augcon.run.report import format_counts
-from augcon.run.results import STEP_2, Results
+from augcon.run.results import STEP_1, STEP_2, Results
 from augcon.train.ranks import is_main, on_main, print_main, report_once
 from augcon.train.scores import KeptScores, key
 from config import Settings, load_settings, pick
 
 HELD_OUT = 0.1  # of the pairs, by whole articles
 CONTENT_OF_BASE = "content of the scorer's base model"
-Queries = dict[int, list[Query]]  # by root context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,15 @@ class Facts:
     speed: str
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Short:
+    """A root context that lacks pairs of its quota; hopeful: another tree may bring some."""
+
+    root: int
+    missing: int
+    hopeful: bool
+
+
 @stage
 @report_once
 def main() -> None:
@@ -52,38 +61,39 @@ def main() -> None:
         if is_main():
             stack.enter_context(results.held())
             results.record.check("step 2", settings.inputs("step 2"), results.made("step 2"), settings.redo)
-        roots, queries, pairs = read_step_1(results)  # what is wrong with the input is reported before anything slow
+        roots, pairs = read_step_1(results)  # what is wrong with the input is reported before anything slow
         from augcon.train.base import start_processes
 
         start_processes(len(visible_gpus()))
-        scores: dict[str, float] = {}
+        kept = None
         if pairs or settings.score_only:
-            scores = train_and_score(settings, results, roots, queries, pairs)
+            kept = train_and_score(settings, results, roots, pairs)
         else:
             print_main("scorer:  no pairs to learn from: all scores are 0, and the order is that of the trees")
-        on_main(lambda: choose(settings, results, roots, queries, scores))
+        on_main(lambda: choose(settings, results, roots, kept.read() if kept else {}))
 
 
-def read_step_1(results: Results) -> tuple[list[RootContext], Queries, list[ScorerPair]]:
+def read_step_1(results: Results) -> tuple[list[RootContext], list[ScorerPair]]:
     """What step 1 has made. Raises UserError where something is missing or does not belong together."""
-    roots, queries = results.read_contexts(), results.read_queries(results.queries)
+    roots, pairs = results.read_contexts(), results.read_pairs()
+    if is_main():
+        numbers = {root: len(queries) for root, queries in results.each_root(results.queries)}
+        if [root.root for root in roots] != list(numbers):
+            raise UserError(f"{results.contexts} and {results.queries} do not belong together; run {STEP_1} again")
+        total = sum(numbers.values())
+        print(f"input:   {len(roots):,} root contexts, {total:,} queries, {len(pairs):,} pairs for the scorer")
     facts = results.record.finished("step 1")
     if facts is None:
-        raise UserError(f"step 1 has not finished in {results.folder}; run step1_gen_q.py again")
-    if [root.root for root in roots] != list(queries):
-        raise UserError(f"{results.contexts} and {results.queries} do not belong together; run step1_gen_q.py again")
-    pairs = results.read_pairs()
+        raise UserError(f"step 1 has not finished in {results.folder}; run {STEP_1} again")
     if len(pairs) != facts.get("pairs", len(pairs)):
-        raise UserError(f"{results.scorer_pairs} is not what step 1 has made; run step1_gen_q.py again")
-    number = sum(map(len, queries.values()))
-    print_main(f"input:   {len(roots):,} root contexts, {number:,} queries, {len(pairs):,} pairs for the scorer")
-    return roots, queries, pairs
+        raise UserError(f"{results.scorer_pairs} is not what step 1 has made; run {STEP_1} again")
+    return roots, pairs
 
 
 def train_and_score(
-    settings: Settings, results: Results, roots: list[RootContext], queries: Queries, pairs: list[ScorerPair]
-) -> dict[str, float]:
-    """The score of every query by its id, from the scorer that is there or a new one."""
+    settings: Settings, results: Results, roots: list[RootContext], pairs: list[ScorerPair]
+) -> KeptScores:
+    """The scores of all queries, from the scorer that is there or a new one."""
     from augcon.hub import model_folder
     from augcon.train import loop, scorer
     from augcon.train.base import companions_digest, load_tokenizer, weights_digest
@@ -122,14 +132,14 @@ def train_and_score(
         on_main(lambda: record_scorer(results, facts))
     print_accuracy(facts)
     kept = KeptScores(results.scores_parts / facts.digest)
-    keys = {query.id: key(query) for listed in queries.values() for query in listed}
-    texts = {keys[query.id]: (query.context, query.text) for listed in queries.values() for query in listed}
+    listed = (query for _, queries in results.each_root(results.queries) for query in queries)
+    texts = ((key(query), (query.context, query.text)) for query in listed)
     batches = on_main(lambda: scorer.plan(kept, encoder, texts))
     if batches:
         model = model or scorer.load_scorer(base, encoder, settings.seed, results.scorer)
-        print_main(f"scored:  {scorer.score_planned(model, encoder, kept, texts, batches)}")
-    kept.read()
-    return {query_id: kept.scores[name] for query_id, name in keys.items()}
+        print_main(f"scored:  {scorer.score_planned(model, encoder, kept, batches)}")
+    on_main(kept.forget_texts)
+    return kept
 
 
 def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Facts | None:
@@ -170,46 +180,58 @@ def print_accuracy(facts: Facts) -> None:
             print_main(f"  {kind:<26} {number:>7,} {facts.accuracy_before[kind][1]:>7.3f} {after:>7.3f}")
 
 
-def choose(
-    settings: Settings, results: Results, roots: list[RootContext], queries: Queries, scores: dict[str, float]
-) -> None:
+def choose(settings: Settings, results: Results, roots: list[RootContext], scores: dict[str, float]) -> None:
     """Ranks and filters the queries of every root context, writes the outcome and orders refills."""
     results.record.begin("step 2", settings.inputs("step 2"), results.made("step 2"), settings.redo)
-    sweep = Sweep(settings.sweep_threshold) if settings.sweep_threshold else None
-    filtered: Queries = {}
-    rows: list[dict[str, object]] = []
-    for root in roots:
-        listed = queries[root.root]
-        values = [scores.get(query.id, 0.0) for query in listed]
-        texts = [query.text for query in listed]
-        kept, fates = rank_and_filter(texts, values, root.quota, settings.rouge_threshold, sweep)
-        filtered[root.root] = [listed[place] for place in kept]
-        for query, value, fate in zip(listed, values, fates, strict=True):
-            rows.append({"id": query.id, "root": root.root, "question": query.text, "score": value, "fate": fate})
-    write_lines(results.scores, rows)
-    results.write_queries(results.filtered_queries, filtered)
-    dropped = Counter(str(row["fate"]) for row in rows if row["fate"] != "kept")
-    number = len(rows) - dropped.total()
-    print(f"kept:    {number:,} of {len(rows):,} queries; dropped: {format_counts(dropped) or 'none'}")
-    order_refills(settings, results, roots, [root for root in roots if len(filtered[root.root]) < root.quota])
+    candidates = []
+    for root, (_, queries) in zip(roots, results.each_root(results.queries), strict=True):
+        values = array("d", (scores.get(key(query), 0.0) for query in queries))
+        candidates.append(Candidates.of(root.quota, (query.text for query in queries), values))
+    chosen = rank_and_filter(candidates, settings.rouge_threshold, settings.sweep_threshold)
+    counts: Counter[str] = Counter()
+    short: list[Short] = []
+    with new_file(results.scores) as scores_file, results.writing_queries(results.filtered_queries) as write:
+        for root, (_, queries), of, (kept, fates) in zip(
+            roots, results.each_root(results.queries), candidates, chosen, strict=True
+        ):
+            write(root.root, [queries[place] for place in kept])
+            for query, score, fate in zip(queries, of.scores, fates, strict=True):
+                row = {"id": query.id, "root": root.root, "question": query.text, "score": score, "fate": fate}
+                scores_file.write(json_line(row))
+            counts.update(fates)
+            if missing := root.quota - len(kept):
+                hopeful = root.length >= settings.min_length and last_tree_added(queries, settings.rouge_threshold)
+                short.append(Short(root.root, missing, hopeful))
+    dropped = Counter({fate: number for fate, number in counts.items() if fate != "kept"})
+    print(f"kept:    {counts['kept']:,} of {counts.total():,} queries; dropped: {format_counts(dropped) or 'none'}")
+    order_refills(settings, results, roots, short)
     print(f"made:    {results.filtered_queries}, {results.scores}")
 
 
-def order_refills(settings: Settings, results: Results, roots: list[RootContext], short: list[RootContext]) -> None:
-    """Sends root contexts short of their quota back to step 1, unless that has been done often enough."""
+def order_refills(settings: Settings, results: Results, roots: list[RootContext], short: list[Short]) -> None:
+    """Sends root contexts short of their quota back to step 1, where that pays and has not been done too often."""
     rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
     grown = (results.record.finished("step 1") or {}).get("refills", 0)
-    hopeful = [root.root for root in short if root.length >= settings.min_length]
-    if hopeful and len(rounds) == grown and len(rounds) < settings.max_refills:
-        rounds.append(hopeful)
+    hopeful = [of for of in short if of.hopeful]
+    quota = sum(root.quota for root in roots)
+    share = sum(of.missing for of in hopeful) / quota
+    if share > settings.refill_threshold and len(rounds) == grown and len(rounds) < settings.max_refills:
+        rounds.append([of.root for of in hopeful])
         write_json(results.refills, rounds)
-    read = digest(results.queries.read_bytes())
-    results.record.finish("step 2", refills=grown, ordered=len(rounds), queries=read)
+    results.record.finish("step 2", refills=grown, ordered=len(rounds), queries=file_digest(results.queries))
     outcome = f"roots:   {len(roots) - len(short):,} of {len(roots):,} have their quota"
     if len(rounds) > grown:
-        outcome += f"; {len(rounds[-1]):,} go back to step 1 for one more tree: run step1_gen_q.py, then this again"
+        outcome += f"; {len(rounds[-1]):,} go back to step 1 for one more tree: run {STEP_1}, then this again"
     elif short:
-        outcome += f"; {len(short):,} stay short of it after {grown:,} refills"
+        missing = sum(of.missing for of in short)
+        outcome += f"; {len(short):,} stay short of it, by {missing:,} pairs ({missing / quota:.1%} of the quota)"
+        if len(rounds) >= settings.max_refills:
+            outcome += f", after {grown:,} refills"
+        elif not hopeful:
+            outcome += ", as their last trees brought nothing new"
+        else:
+            outcome += ", too few for a refill; to have one for "
+            outcome += f"{len(hopeful):,} of them, add --refill-threshold 0 --redo"
     print(outcome)
 
 

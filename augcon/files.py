@@ -5,8 +5,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -15,6 +16,7 @@ from pydantic import TypeAdapter
 from augcon.errors import UserError, one_line
 
 Shape = TypeVar("Shape")
+_CHUNK = 1 << 20  # characters
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
@@ -78,7 +80,12 @@ def write_json(path: Path, value: object) -> None:
 def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
     """Writes JSON Lines."""
     with new_file(path) as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        file.writelines(map(json_line, rows))
+
+
+def json_line(row: Mapping[str, object]) -> str:
+    """A line of a JSON Lines file."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
@@ -93,10 +100,63 @@ def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
         datasets.Dataset.from_dict(dict(columns)).save_to_disk(folder)
 
 
+def write_arrow(path: Path, types: Mapping[str, str | Sequence[str]], batches: Iterable[Mapping[str, list[Any]]]) -> None:
+    """Writes a dataset batch by batch as one file, for ``datasets.Dataset.from_file``, which keeps it out of memory.
+
+    ``types``: the type of each column, such as "int32", or ["int32"] for lists of them.
+    """
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    values = {
+        name: datasets.Value(of) if isinstance(of, str) else list(map(datasets.Value, of)) for name, of in types.items()
+    }
+    features = datasets.Features(values)
+    with _unfinished(path) as unfinished, ArrowWriter(path=str(unfinished), features=features) as writer:
+        for batch in batches:
+            writer.write_batch(batch)
+        writer.finalize()
+
+
 def read_json(path: Path, shape: type[Shape], made_by: str) -> Shape:
     """A JSON file as ``shape``. Raises UserError, with the script that makes it, when it is missing or damaged."""
     with _reading(path, made_by):
         return TypeAdapter(shape).validate_json(path.read_bytes())
+
+
+def read_entries(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
+    """The entries of a JSON object, one after another, each a pair of key and value as ``shape``; raises as above.
+
+    The file may be larger than memory, and written by hand: how it is laid out makes no difference.
+    """
+    with _reading(path, made_by), path.open(encoding="utf-8") as file:
+        yield from map(TypeAdapter(shape).validate_python, _entries(file))
+
+
+_ENTRY = re.compile(r"""\s*([{,])\s*(?=")""")
+_END = re.compile(r"\s*(?:\{\s*)?\}\s*")
+
+
+def _entries(file: IO[str]) -> Iterator[tuple[str, Any]]:
+    decode, colon = json.JSONDecoder().raw_decode, re.compile(r"\s*:\s*")
+    text, start, opening = "", 0, "{"
+    while True:
+        try:
+            opened = _ENTRY.match(text, start)
+            key, end = decode(text, opened.end() if opened and opened[1] == opening else len(text))
+            named = colon.match(text, end)
+            value, end = decode(text, named.end() if named else len(text))
+        except ValueError:  # as a rule, the entry goes on behind what has been read; read as much again
+            more = file.read(max(_CHUNK, len(text) - start))
+            if not more:
+                break
+            text, start = text[start:] + more, 0
+        else:
+            yield key, value
+            start, opening = end, ","
+    end_of_file = _END.fullmatch(text, start)
+    if not end_of_file or ("{" in end_of_file[0]) != (opening == "{"):
+        raise ValueError(f"no JSON object, or damaged near {text[start : start + 60]!r}")
 
 
 def read_lines(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
@@ -129,3 +189,9 @@ def digest(*parts: object) -> str:
     for part in parts:
         whole.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
     return whole.hexdigest()[:16]
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's bytes, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -23,7 +23,7 @@ from augcon.errors import UserError
 from augcon.method.pairs import NEGATIVES
 from augcon.train import base as training
 from augcon.train import loop, scorer
-from augcon.train.scores import KeptScores, key
+from augcon.train.scores import KeptScores, batches, key
 
 CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
 QUESTION = "面包店为什么早上六点开门？"
@@ -221,7 +221,7 @@ def test_about_a_tenth_is_held_out():
 
 @given(st.lists(st.integers(1, 300), max_size=50), st.integers(1, 1000))
 def test_batches_take_each_place_once_the_longest_first_within_the_budget(lengths: list[int], budget: int):
-    made = list(scorer.batches(lengths, budget))
+    made = list(batches(lengths, budget))
     assert sorted(place for batch in made for place in batch) == list(range(len(lengths)))
     assert [lengths[place] for batch in made for place in batch] == sorted(lengths, reverse=True)
     assert all(len(batch) == 1 or len(batch) * lengths[batch[0]] <= budget for batch in made)
@@ -229,20 +229,57 @@ def test_batches_take_each_place_once_the_longest_first_within_the_budget(length
 
 def test_what_a_kill_tears_off_costs_only_that_batch(tmp_path: Path):
     kept = KeptScores(tmp_path / "scores")
-    kept.read()
-    assert (kept.plan, kept.scores) == ([], {})
-    kept.add_to_plan([["a", "b"], ["c"], ["d"]])
+    assert kept.read() == {}
+    kept.folder.mkdir()
     kept.keep(0, {"a": 1.5, "b": 2.5})
     with (tmp_path / "scores" / "part-0.jsonl").open("a") as part:
         part.write('\n{"c": 1')
     kept.keep(0, {"d": 4.0})
-    again = KeptScores(tmp_path / "scores")
-    again.read()
-    assert again.plan == [["a", "b"], ["c"], ["d"]] and again.scores == {"a": 1.5, "b": 2.5, "d": 4.0}
-    again.add_to_plan([["e"]])
-    again.keep(1, {"e": 5.0})
-    kept.read()
-    assert kept.scores == {"a": 1.5, "b": 2.5, "d": 4.0, "e": 5.0}
+    assert kept.read() == {"a": 1.5, "b": 2.5, "d": 4.0}
+    kept.keep(1, {"e": 5.0})
+    assert kept.read() == {"a": 1.5, "b": 2.5, "d": 4.0, "e": 5.0}
+
+
+def test_texts_are_encoded_once_and_batches_stay_as_planned_until_all_have_scores(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(scorer, "_ENCODED_TOGETHER", 2)
+    monkeypatch.setattr(scorer, "TOKENS_IN_BATCH", 40)
+    encode, model, kept = encoder(base), trained(base), KeptScores(tmp_path / "scores")
+    texts = {f"k{n}": (CONTEXT[: 7 * n], QUESTION[: 1 + n]) for n in range(7)}
+    numbers = scorer.plan(kept, encode, texts.items())
+    planned = [rows[places]["key"] for rows, places in kept.batches(40)]
+    assert len(numbers) == len(planned) > 2 and sorted(name for batch in planned for name in batch) == sorted(texts)
+    stored = {row["key"]: row["tokens"] for rows in kept.texts() for row in rows}
+    assert stored == dict(zip(texts, encode(list(texts.values())), strict=True))
+
+    # As after a kill, with a query more and one less: what was planned stays together, the new one comes last.
+    scorer.score_planned(model, encode, kept, numbers[:2])
+    more = {**dict(list(texts.items())[1:]), "new": (CONTEXT, QUESTION)}
+    monkeypatch.setattr(scorer.ScorerEncoder, "__call__", counted := Counted(scorer.ScorerEncoder.__call__))
+    left = scorer.plan(kept, encode, more.items())
+    assert counted.texts == [(CONTEXT, QUESTION)] and left == [*numbers[2:], len(numbers)]
+    assert [rows[places]["key"] for rows, places in kept.batches(40)] == [*planned, ["new"]]
+    scorer.score_planned(model, encode, kept, left)
+    assert set(kept.read()) == {*texts, "new"} and scorer.plan(kept, encode, more.items()) == []
+    plain = scorer.score(model, encode, [encode([texts["k3"]])[0]])[0]
+    assert kept.read()["k3"] == pytest.approx(plain, abs=1e-4)
+    kept.forget_texts()
+    assert not kept.texts() and scorer.plan(kept, encode, more.items()) == []
+
+
+class Counted:
+    """An encoder that notes what it is given."""
+
+    def __init__(self, encode) -> None:
+        self.encode, self.texts = encode, []
+
+    def __get__(self, encoder, _=None):
+        def encode(texts):
+            self.texts += texts
+            return self.encode(encoder, texts)
+
+        return encode
 
 
 def test_an_edited_query_has_another_key():

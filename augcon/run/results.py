@@ -3,16 +3,18 @@
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
-from augcon.files import digest, new_file, read_dataset, read_json, read_lines, write_dataset
+from augcon.files import digest, json_line, new_file, read_dataset, read_entries, read_lines, write_dataset
 from augcon.run.record import Record
 
+Ids = defaultdict[tuple[str, str | None], list[str]]  # by context and query; of some nodes both are the same
 STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
 
 
@@ -90,44 +92,61 @@ class Results:
         return list(read_lines(self.contexts, RootContext, STEP_1))
 
     def read_queries(self, path: Path) -> dict[int, list[Query]]:
-        """The queries of ``queries.json`` or ``filtered_queries.json`` by root context, with their ids.
+        """The queries of ``queries.json`` or ``filtered_queries.json`` by root context, with their ids."""
+        return dict(self.each_root(path))
+
+    def each_root(self, path: Path) -> Iterator[tuple[int, list[Query]]]:
+        """As ``read_queries``, one root context after another; memory for one.
 
         Both files hold (context, query) only; ``nodes.jsonl`` beside them knows the ids. A query that is not there
         was added by hand, and gets an id that says so.
         """
         made_by = STEP_1 if path == self.queries else STEP_2
-        listed = read_json(path, dict[int, list[tuple[str, str]]], made_by)
-        ids: defaultdict[tuple[int, str, str | None], list[str]] = defaultdict(list)
-        for node in read_lines(self.nodes, _NodeRow, STEP_1) if self.nodes.exists() else ():
-            ids[int(node.id.partition(":")[0]), node.context, node.query].append(node.id)
-        queries: dict[int, list[Query]] = {}
-        for root, pairs in listed.items():
-            queries[root] = []
-            for context, text in pairs:
-                known = ids[root, context, text]
-                id_ = known.pop(0) if known else f"{root}:added:{digest(context, text)[:8]}"
-                queries[root].append(Query(id_, root, context, text))
-        return queries
+        rows = read_lines(self.nodes, _NodeRow, STEP_1) if self.nodes.exists() else iter(())
+        trees = itertools.groupby(rows, lambda node: int(node.id.partition(":")[0]))
+        passed: dict[int, Ids] = {}  # where the roots of the two files are in different orders
 
-    def write_queries(self, path: Path, queries: Mapping[int, Sequence[Query]]) -> None:
-        """Writes (context, query) by root context."""
+        def ids_of(root: int) -> Ids:
+            while root not in passed:
+                number, nodes = next(trees, (root, iter(())))
+                ids = passed.setdefault(number, defaultdict(list))
+                for node in nodes:
+                    ids[node.context, node.query].append(node.id)
+            return passed.pop(root)
+
+        for root, pairs in read_entries(path, tuple[int, list[tuple[str, str]]], made_by):
+            ids, queries = ids_of(root), []
+            for context, text in pairs:
+                known = ids[context, text]
+                id_ = known.pop(0) if known else f"{root}:added:{digest(context, text)[:8]}"
+                queries.append(Query(id_, root, context, text))
+            yield root, queries
+
+    @contextlib.contextmanager
+    def writing_queries(self, path: Path) -> Iterator[Callable[[int, Iterable[Query]], None]]:
+        """Writes (context, query) root by root, through the function given."""
         with new_file(path) as file:
-            rows = (_queries_row(root, of) for root, of in queries.items())
-            file.write("{\n" + ",\n".join(rows) + "\n}\n")
+            before = "{\n"
+
+            def write(root: int, queries: Iterable[Query]) -> None:
+                nonlocal before
+                pairs = [[query.context, query.text] for query in queries]
+                file.write(f'{before}"{root}": {json.dumps(pairs, ensure_ascii=False)}')
+                before = ",\n"
+
+            yield write
+            file.write("\n}\n" if before == ",\n" else "{}\n")
 
     @contextlib.contextmanager
     def writing_trees(self) -> Iterator[Callable[[int, Iterable[Node]], None]]:
         """Writes ``nodes.jsonl`` and ``queries.json`` together, root by root, through the function given."""
-        with new_file(self.nodes) as nodes_file, new_file(self.queries) as queries_file:
+        with new_file(self.nodes) as file, self.writing_queries(self.queries) as write_queries:
 
             def write(root: int, nodes: Iterable[Node]) -> None:
-                for node in nodes:
-                    nodes_file.write(json.dumps(_node_row(node), ensure_ascii=False) + "\n")
-                queries_file.write(",\n" if queries_file.tell() else "{\n")
-                queries_file.write(_queries_row(root, [query for node in nodes for query in node.queries]))
+                file.writelines(json_line(_node_row(node)) for node in nodes)
+                write_queries(root, (query for node in nodes for query in node.queries))
 
             yield write
-            queries_file.write("\n}\n")
 
     def write_pairs(self, pairs: Sequence[ScorerPair]) -> None:
         """Writes ``scorer_pairs``."""
@@ -137,11 +156,6 @@ class Results:
     def read_pairs(self) -> list[ScorerPair]:
         """The pairs of ``scorer_pairs``; none where there is no such dataset."""
         return read_dataset(self.scorer_pairs, ScorerPair, STEP_1) if self.scorer_pairs.exists() else []
-
-
-def _queries_row(root: int, queries: Iterable[Query]) -> str:
-    pairs = [[query.context, query.text] for query in queries]
-    return f'"{root}": {json.dumps(pairs, ensure_ascii=False)}'
 
 
 def _node_row(node: Node) -> dict[str, object]:

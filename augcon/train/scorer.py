@@ -7,11 +7,12 @@ state of the last token that is trained in full. Bradley–Terry loss over pairs
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +26,17 @@ from safetensors.torch import load_file
 
 from augcon.data import ScorerPair
 from augcon.errors import UserError, one_line
-from augcon.files import digest, new_folder
+from augcon.files import file_digest, new_folder, write_arrow
 from augcon.progress import bar
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, device, load_base, lora
 from augcon.train.ranks import all_gather, barrier, is_main, on_main, rank, world_size
-from augcon.train.scores import KeptScores
+from augcon.train.scores import KeptScores, batches
 
 CENTRING = 0.01  # weight of (s⁺ + s⁻)², which keeps the scores of all contexts around zero
 logging.getLogger("accelerate").setLevel(logging.ERROR)  # warns of what is meant: DeepSpeed counts the parts of a batch
 _WEIGHTS = "adapter_model.safetensors"
+_ENCODED_TOGETHER = 1000  # texts
 
 TOKENS_IN_BATCH = 16384 if torch.cuda.is_available() else 2048  # in one forward pass, with padding
 
@@ -136,14 +138,15 @@ def train(
 
     Raises UserError when it does not fit in memory or diverges.
     """
-    better = encoder([(pair.context, pair.pos_query) for pair in pairs])
-    worse = encoder([(pair.context, pair.neg_query) for pair in pairs])
-    columns = {"better": better, "worse": worse, "length": list(map(len, better))}
+    encoded = checkpoints / "pairs.arrow"
+    on_main(lambda: _encode_pairs(encoder, pairs, encoded))
+    rows = datasets.Dataset.from_file(str(encoded))
+    lengths = rows["length"][:]  # of both texts
     steps = rules.epochs * math.ceil(len(pairs) / (rules.batch * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
 
     # One pair after another where the batch does not fit: the mean over its pairs is the same, whatever their number.
-    fits = 2 * rules.batch * max(map(len, better + worse)) <= TOKENS_IN_BATCH
+    fits = 2 * rules.batch * max(rows["longer"][:]) <= TOKENS_IN_BATCH
     arguments = loop.training_arguments(checkpoints, rules, steps) | {"gradient_checkpointing": True}
     if not fits:
         arguments |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rules.batch}
@@ -154,13 +157,13 @@ def train(
         ),
         # Good and worse queries in one forward pass.
         data_collator=lambda rows: encoder.padded([row[which] for which in ("better", "worse") for row in rows]),
-        train_dataset=datasets.Dataset.from_dict(columns),
+        train_dataset=rows,
     )
     speed = loop.train(
         trainer,
         last,
         "scorer",
-        rules.epochs * sum(map(len, better + worse)),
+        rules.epochs * sum(lengths),
         too_large="lower --scorer-batch",
         too_fast=f"lower --scorer-learning-rate {rules.learning_rate} and add --redo",
     )
@@ -169,6 +172,23 @@ def train(
     torch.cuda.empty_cache()
     model.eval()
     return speed
+
+
+def _encode_pairs(encoder: ScorerEncoder, pairs: Sequence[ScorerPair], path: Path) -> None:
+    """Encodes the pairs into a file that all processes map into memory."""
+
+    def encoded() -> Iterator[dict[str, list[Any]]]:
+        for start in range(0, len(pairs), _ENCODED_TOGETHER):
+            some = pairs[start : start + _ENCODED_TOGETHER]
+            better = encoder([(pair.context, pair.pos_query) for pair in some])
+            worse = encoder([(pair.context, pair.neg_query) for pair in some])
+            sizes = [(len(one), len(other)) for one, other in zip(better, worse, strict=True)]
+            columns = {"better": better, "worse": worse}
+            yield columns | {"length": list(map(sum, sizes)), "longer": list(map(max, sizes))}
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    types = {"better": ["int32"], "worse": ["int32"], "length": "int32", "longer": "int32"}
+    write_arrow(path, types, encoded())
 
 
 @torch.inference_mode()
@@ -183,18 +203,6 @@ def score(model: peft.PeftModel, encoder: ScorerEncoder, rows: Sequence[Tokens])
     if not all(map(math.isfinite, scores)):
         raise UserError("the scorer's scores are not finite; train it with a lower --scorer-learning-rate and --redo")
     return scores
-
-
-def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Places in batches, the longest first, each of at most ``budget`` tokens with padding (or of one place)."""
-    batch: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def accuracy(
@@ -218,31 +226,38 @@ def accuracy(
     return {kind: (len(won), sum(won) / len(won)) for kind, won in right.items()}
 
 
-def plan(kept: KeptScores, encoder: ScorerEncoder, texts: Mapping[str, Text]) -> list[int]:
-    """Puts the texts (by key) that are in no batch yet into batches; returns the numbers of those to be scored."""
-    kept.read()
-    planned = {name for batch in kept.plan for name in batch}
-    new = [name for name in texts if name not in planned]
-    lengths = list(map(len, encoder([texts[name] for name in new])))
-    kept.add_to_plan([[new[place] for place in batch] for batch in batches(lengths, TOKENS_IN_BATCH)])
-    return [n for n, batch in enumerate(kept.plan) if any(name in texts and name not in kept.scores for name in batch)]
+def plan(kept: KeptScores, encoder: ScorerEncoder, texts: Iterable[tuple[str, Text]]) -> list[int]:
+    """Encodes the texts, with their keys, that are new to a file; returns the numbers of the batches to be scored."""
+    scores = kept.read()
+    planned = {name for rows in kept.texts() for name in rows["key"][:]}
+    new = ((name, text) for name, text in texts if name not in scores and name not in planned)
+    kept.add_texts(_encoded(encoder, new))
+    return [
+        number
+        for number, (rows, places) in enumerate(kept.batches(TOKENS_IN_BATCH))
+        if any(name not in scores for name in rows[places]["key"])
+    ]
 
 
-def score_planned(
-    model: peft.PeftModel, encoder: ScorerEncoder, kept: KeptScores, texts: Mapping[str, Text], numbers: Sequence[int]
-) -> str:
+def _encoded(encoder: ScorerEncoder, texts: Iterator[tuple[str, Text]]) -> Iterator[dict[str, list[Any]]]:
+    while some := list(itertools.islice(texts, _ENCODED_TOGETHER)):
+        rows = encoder([text for _, text in some])
+        yield {"key": [name for name, _ in some], "tokens": rows, "length": list(map(len, rows))}
+
+
+def score_planned(model: peft.PeftModel, encoder: ScorerEncoder, kept: KeptScores, numbers: Sequence[int]) -> str:
     """Scores batches of the plan, shared by all processes, keeping each as it comes; returns the figures in words."""
-    kept.read()
-    total = sum(len(kept.plan[number]) for number in numbers)
+    work = kept.batches(TOKENS_IN_BATCH)
+    total = sum(len(work[number][1]) for number in numbers)
     tokens, started = 0, time.monotonic()
     with bar(total, "scores", "queries") if is_main() else contextlib.nullcontext() as progress:
         for number in numbers[rank() :: world_size()]:
-            # A query of an older queries.json has no text any more; an empty one keeps its place.
-            rows = encoder([texts.get(name, ("", "")) for name in kept.plan[number]])
-            kept.keep(rank(), dict(zip(kept.plan[number], score(model, encoder, rows), strict=True)))
-            tokens += sum(map(len, rows))
+            texts, places = work[number]
+            batch = texts[places]
+            kept.keep(rank(), dict(zip(batch["key"], score(model, encoder, batch["tokens"]), strict=True)))
+            tokens += sum(batch["length"])
             if progress is not None:
-                progress.update(min(len(rows) * world_size(), progress.total - progress.n))
+                progress.update(min(len(places) * world_size(), progress.total - progress.n))
     seconds = max(time.monotonic() - started, 1e-9)
     barrier()
     return f"{total:,} queries in {seconds:.0f} s, {tokens / seconds:,.0f} tokens/s per process, {loop.peak_memory()}"
@@ -252,4 +267,4 @@ def save(model: peft.PeftModel, folder: Path) -> str:
     """Saves adapter and head; returns a digest of the weights. Raises UserError when the folder cannot be written."""
     with new_folder(folder) as unfinished:
         model.save_pretrained(str(unfinished), save_embedding_layers=False)
-    return digest((folder / _WEIGHTS).read_bytes())
+    return file_digest(folder / _WEIGHTS)
