@@ -125,6 +125,13 @@ class Settings(BaseSettings):
         ge=0,
         le=1,
     )
+    refill_threshold: float = _filter(
+        0.05,
+        "share of the corpus' quota up to which what is missing is left at that: a refill starts two servers, about "
+        "10 to 15 minutes, in which a run like the paper's makes a twentieth of its pairs; 0: refill for any",
+        ge=0,
+        le=1,
+    )
     max_refills: int = _filter(1, "times that step 1 grows another tree for roots short of their quota", ge=0, le=100)
 
     qa_examples: str = _examples(
