@@ -158,9 +158,17 @@ class Settings(BaseSettings):
     epochs: int = _tuning(4, "epochs over the pairs (paper 4.1)", ge=1, le=1000)
     batch: int = _tuning(4, "pairs per GPU and step on average, as they are packed by length (paper 4.1)", ge=1)
     learning_rate: float = _tuning(5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
-    max_tokens: int = _tuning(4096, "longest question and answer in tokens; a longer answer loses its end", ge=16)
+    max_tokens: int = _tuning(
+        4096,
+        "longest question and answer in tokens; a longer answer loses its end. A batch of more tokens is divided into "
+        "several passes",
+        ge=16,
+    )
     held_out: float = _tuning(0.05, "share of the pairs that is held out from training for a loss", ge=0, le=0.5)
-    quantize: Literal["auto", "nf4", "none"] = _tuning("auto", "the base in training; auto: nf4 on a GPU with bf16")
+    quantize: Literal["auto", "nf4", "none"] = _tuning(
+        "auto", "the base in training; auto: nf4 where it does not fit on the GPU in bf16, by estimate"
+    )
+    gpu_memory: float = _files(0, "GiB of a GPU that fine-tuning may plan for; 0: all that it has", ge=0)
 
     lora: str = _merging("", "adapter to merge, a folder or hub name; empty: LoRA in the results folder")
     base: str = _merging("", "base model of the adapter, a hub name or folder; empty: the one that it names")

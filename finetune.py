@@ -11,30 +11,31 @@ last checkpoint. Another base, other settings or other pairs need another --outp
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from augcon.data import Pair
 from augcon.errors import UserError, stage
-from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.files import new_folder, read_lines, write_json
 from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
 from augcon.run.record import Record
 from augcon.run.results import Results
-from augcon.train import base as training
-from augcon.train import loop, sft
-from augcon.train.adapters import TrainedWith
-from augcon.train.chat import ChatEncoder, TrainingExample, load_encoder
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
+
+if TYPE_CHECKING:
+    from augcon.train.adapters import TrainedWith
 
 STAGE = "finetune"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Origin:
     """What is read of a line of sft_origins.jsonl: the text that a question is about."""
 
@@ -45,13 +46,13 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The pairs to learn from and those held out, the base, and all inputs as they are recorded."""
+    """The pairs (their number, those held out in words, the files of their tokens), the base, and all as recorded."""
 
-    learnt: list[Pair]
-    held_out: list[Pair]
-    held_out_words: str
+    pairs: int
+    held_out: str
+    files: tuple[Path, Path]  # of the pairs learnt and of those held out
     base: Path
-    trained_with: TrainedWith
+    trained_with: "TrainedWith"
     made_with: dict[str, Any]
 
 
@@ -61,43 +62,75 @@ def main() -> None:
     settings = load_settings(__doc__, "fine-tuning")
     output = Results(settings.output or settings.results)
     print_main(settings.describe())
-    training.start_processes(len(visible_gpus()))
+    from augcon.train.base import start_processes  # slow: not for --help
+
+    start_processes(len(visible_gpus()))
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(output.held()))
-        inputs = on_main(lambda: read_inputs(settings))
-        if on_main(lambda: is_done(settings, output, inputs)):
-            print_main(f"done:    {output.lora} was trained on these pairs with these settings already")
-        else:
+        inputs = on_main(lambda: prepare(settings, output))
+        if inputs:
             train(settings, output, inputs)
+        else:
+            print_main(f"done:    {output.lora} was trained on these pairs with these settings already")
         named = ("--lora", output.lora, "--output", output.sft_model) if settings.output else ()
         print_main(f"next:    {settings.command('merge.py', *named)}")
 
 
-def read_inputs(settings: Settings) -> Inputs:
-    """The pairs and the base. Raises UserError where something is missing or unfinished."""
+def prepare(settings: Settings, output: Results) -> Inputs | None:
+    """Reads and encodes the pairs; None where all is done. Raises UserError where something is missing or unfit."""
+    from augcon.train import base as training
+    from augcon.train.loop import hold_out
+    from augcon.train.sft import ENCODED
+
     results = Results(settings.results)
     pairs = read_data(settings, results)
     base = model_folder(settings.model)
-    trained_with = TrainedWith(
-        base=str(base.resolve()) if base == Path(settings.model) else settings.model,
-        weights=training.weights_digest(base),
-        quantize="nf4" if training.quantization(settings.quantize) else "none",
-        dtype="bfloat16" if training.can_bf16() else "float32",
-    )
+    trained_with = how_loaded(settings, base)
     # Questions about one text have much in common; of fewer than 20 texts, one would be too large a part of the data.
     units = {**texts_of(pairs, results), "single pairs, as their texts are few or not known": range(len(pairs))}
-    learnt, held_out, words = loop.hold_out(pairs, units, settings.held_out, settings.seed, many=20)
+    learnt, held_out, words = hold_out(pairs, units, settings.held_out, settings.seed, many=20)
     made_with = {
         **settings.inputs(STAGE),
         "seed": settings.seed,
         **trained_with.inputs(),
         "content of the base model's tokenizer and settings": training.companions_digest(base),
-        "content of the pairs": digest([dataclasses.astuple(pair) for pair in pairs]),
-        "content of the held-out pairs": digest([dataclasses.astuple(pair) for pair in held_out]),
+        "content of the pairs": pairs_digest(pairs),
+        "content of the held-out pairs": pairs_digest(held_out),
     }
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
     print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({words}); {settings.model} {form}")
-    return Inputs(learnt, held_out, words, base, trained_with, made_with)
+    if is_done(settings, output, made_with):
+        return None
+    files = output.checkpoints / ENCODED / "learnt.arrow", output.checkpoints / ENCODED / "held_out.arrow"
+    encode(settings, base, dict(zip(files, (learnt, held_out), strict=True)))
+    return Inputs(len(pairs), words, files, base, trained_with, made_with)
+
+
+def how_loaded(settings: Settings, base: Path) -> "TrainedWith":
+    """How the base is loaded: in 4 bits as --quantize says, and with auto where a GPU has no room for it in 16."""
+    from augcon.train import base as training
+    from augcon.train import memory
+    from augcon.train.adapters import TrainedWith
+
+    quantize = settings.quantize
+    if quantize == "auto":
+        card, room = training.gpu_memory(settings.gpu_memory), settings.max_tokens
+        quantize = memory.choose_quantization(memory.shape_of(base), card, room) if training.can_bf16() else "none"
+    return TrainedWith(
+        base=str(base.resolve()) if base == Path(settings.model) else settings.model,
+        weights=training.weights_digest(base),
+        quantize=quantize,
+        dtype="bfloat16" if training.can_bf16() else "float32",
+    )
+
+
+def pairs_digest(pairs: Sequence[Pair]) -> str:
+    """The digest of pairs as ``files.digest`` has it of their list, one by one: its JSON would be larger than they."""
+    whole = hashlib.sha256(b"[")
+    for place, pair in enumerate(pairs):
+        whole.update(f"{', ' if place else ''}{json.dumps([pair.question, pair.answer])}".encode())
+    whole.update(b"]")
+    return whole.hexdigest()[:16]
 
 
 def read_data(settings: Settings, results: Results) -> list[Pair]:
@@ -119,43 +152,64 @@ def texts_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | No
     return {"articles": [row.article for row in mine], "root contexts": [row.root for row in mine]}
 
 
-def is_done(settings: Settings, output: Results, inputs: Inputs) -> bool:
+def is_done(settings: Settings, output: Results, made_with: dict[str, Any]) -> bool:
     """Whether just this training has come to its end; else it is begun. Raises UserError where one would be lost."""
-    facts = output.record.done_with(STAGE, inputs.made_with)
+    facts = output.record.done_with(STAGE, made_with)
     if facts is not None and output.lora.exists():
         output.record.finish(STAGE, **facts)
         return True
-    if not output.record.begin(STAGE, inputs.made_with, output.made(STAGE), settings.redo):
+    if not output.record.begin(STAGE, made_with, output.made(STAGE), settings.redo):
         shutil.rmtree(output.checkpoints, ignore_errors=True)  # of another training
     return False
 
 
-def train(settings: Settings, output: Results, inputs: Inputs) -> None:
-    """Trains the adapter and saves it."""
-    tokenizer = training.load_tokenizer(str(inputs.base))
-    encoder = load_encoder(tokenizer, inputs.base, settings.max_tokens)
-    examples, held_out = encode(encoder, inputs)
-    model = sft.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
-    rules = pick(loop.TrainingRules, settings)
-    log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints)
-    print_main(f"trained: {words}")
-    on_main(lambda: save(output, inputs, model, log))
+def encode(settings: Settings, base: Path, parts: Mapping[Path, Sequence[Pair]]) -> None:
+    """Writes the tokens of pairs into files, those to learn first. Raises UserError when there is nothing to learn."""
+    from augcon.train import base as training
+    from augcon.train import sft
+    from augcon.train.chat import load_encoder
 
-
-def encode(encoder: ChatEncoder, inputs: Inputs) -> list[list[TrainingExample]]:
-    """The examples to train on and those held out. Raises UserError when there is nothing to train on."""
-    encoded = [[row for pair in pairs if (row := encoder(pair))] for pairs in (inputs.learnt, inputs.held_out)]
-    most, rows = encoder.max_tokens, [*encoded[0], *encoded[1]]
-    if not encoded[0]:
-        raise UserError(f"no pair is left to train on: {most} tokens leave no room for an answer; raise --max-tokens")
-    lengths = [len(row.input_ids) for row in rows]
-    lost = len(inputs.learnt) + len(inputs.held_out) - len(rows)
-    print_main(
+    encoder = load_encoder(training.load_tokenizer(str(base)), base, settings.max_tokens)
+    most, cut, lost = encoder.max_tokens, 0, 0
+    lengths: list[int] = []
+    for path, pairs in parts.items():
+        written = sft.write_examples(encoder, pairs, path)
+        if not written.lengths and not lengths:
+            raise UserError(
+                f"no pair is left to train on: {most} tokens leave no room for an answer; raise --max-tokens"
+            )
+        lengths, cut, lost = lengths + written.lengths, cut + written.cut, lost + written.lost
+    print(
         f"tokens:  {sum(lengths):,} in all, {sum(lengths) / len(lengths):.0f} per pair, longest {max(lengths):,}; "
-        f"{sum(row.cut for row in rows):,} answers cut at {most:,}"
+        f"{cut:,} answers cut at {most:,}"
         + (f"; {lost:,} pairs left out, as their questions alone are as long" if lost else "")
     )
-    return encoded
+
+
+def train(settings: Settings, output: Results, inputs: Inputs) -> None:
+    """Trains the adapter and saves it."""
+    from datasets import Dataset
+
+    from augcon.train import base as training
+    from augcon.train import memory, sft
+    from augcon.train.loop import TrainingRules
+
+    quantize = inputs.trained_with.quantize
+    model = sft.load_model(inputs.base, quantize, inputs.trained_with.base, settings.seed)
+
+    def keeps(tokens: int) -> bool:
+        if not training.can_bf16():
+            return training.device().type == "cpu"
+        shape, card = memory.shape_of(inputs.base), training.gpu_memory(settings.gpu_memory)
+        keep, words = memory.plan(shape, quantize, card, tokens)
+        print_main(f"memory:  {words}")
+        return keep
+
+    tokenizer, rules = training.load_tokenizer(str(inputs.base)), pick(TrainingRules, settings)
+    examples, held_out = (Dataset.from_file(str(file)) for file in inputs.files)
+    log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints, settings.max_tokens, keeps)
+    print_main(f"trained: {words}")
+    on_main(lambda: save(output, inputs, model, log))
 
 
 def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]]) -> None:
@@ -163,19 +217,22 @@ def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]])
     losses = [row["loss"] for row in log if "loss" in row]
     held_out = [row["eval_loss"] for row in log if "eval_loss" in row]
     facts = {
-        "pairs": len(inputs.learnt) + len(inputs.held_out),
-        "held_out": inputs.held_out_words,
+        "pairs": inputs.pairs,
+        "held_out": inputs.held_out,
         "loss": losses[-1] if losses else None,
         "held_out_loss": held_out[-1] if held_out else None,
     }
+    from augcon.train.sft import ENCODED, draw_losses
+
     write_json(output.log, log)
-    sft.draw_losses(log, output.loss_plot)
+    draw_losses(log, output.loss_plot)
     with new_folder(output.lora) as folder:
         model.save_pretrained(str(folder))
         copy = Record(folder)
         copy.begin(STAGE, inputs.made_with, made=[], redo=False)
         copy.finish(STAGE, **facts)
     output.record.finish(STAGE, **facts)
+    shutil.rmtree(output.checkpoints / ENCODED)
     if losses:
         seen = f"; held out, from the start on: {' '.join(f'{loss:.3f}' for loss in held_out)}" if held_out else ""
         print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")

@@ -17,9 +17,6 @@ from augcon.files import new_folder
 from augcon.hub import model_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
-from augcon.train.adapters import TrainedWith, adapter_folder, read_adapter, trained_over
-from augcon.train.base import companions_digest
-from augcon.train.merge import merge
 from config import load_settings
 
 STAGE = "merge"
@@ -28,6 +25,10 @@ STAGE = "merge"
 @stage
 def main() -> None:
     settings = load_settings(__doc__, "merging", "fine-tuning")
+    from augcon.train.adapters import TrainedWith, adapter_folder, read_adapter, trained_over  # slow: not for --help
+    from augcon.train.base import companions_digest
+    from augcon.train.merge import merge
+
     here = Path(settings.lora) if settings.lora else Results(settings.results).lora
     if not settings.lora and not here.exists():
         raise UserError(f"there is no {here}; run finetune.py first, or name an adapter with --lora")

@@ -28,6 +28,8 @@ from augcon.method.pairs import NEGATIVES
 from augcon.train import scorer
 from augcon.train import sft as tuning
 from augcon.train.chat import load_encoder
+from augcon.train.sft import ENCODED
+import datasets
 
 base, folder, context, question, answer = Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:]
 tokenizer = training.load_tokenizer(str(base))
@@ -54,11 +56,16 @@ again = scorer.load_scorer(str(base), encoder, 2, folder / "saved", "nf4")
 said["scores"] = [scorer.score(which, encoder, rows) for which in (model, again)]
 
 encode = load_encoder(tokenizer, base, 512)
-examples = [encode(Pair(question, answer * (20 if n == 3 else 1 + n % 3))) for n in range(16)]
-model = tuning.load_model(base, "nf4", "tiny", 1)
-log, _ = tuning.tune(model, tokenizer, examples[2:], examples[:2], rules, folder / "c")
-said["tuned"] = kinds(model)
-said["held out"] = [row["eval_loss"] for row in log if "eval_loss" in row]
+pairs = [Pair(question, answer * (20 if n == 3 else 1 + n % 3)) for n in range(16)]
+for quantize in ("nf4", "none"):
+    files = [folder / quantize / ENCODED / f"{name}.arrow" for name in ("learnt", "held_out")]
+    for path, part in zip(files, (pairs[2:], pairs[:2])):
+        tuning.write_examples(encode, part, path)
+    rows = [datasets.Dataset.from_file(str(path)) for path in files]
+    model = tuning.load_model(base, quantize, "tiny", 1)
+    log, _ = tuning.tune(model, tokenizer, *rows, rules, folder / quantize, 512, keeps=lambda tokens: False)
+    said[quantize] = kinds(model)
+    said[quantize + ", held out"] = [row["eval_loss"] for row in log if "eval_loss" in row]
 (folder / "said.json").write_text(json.dumps(said))
 """
 
@@ -74,10 +81,11 @@ def test_scorer_and_tuning_learn_in_bf16_over_nf4_with_checkpointed_gradients(tm
     assert done.returncode == 0, done.stderr
     said = json.loads((tmp_path / "said.json").read_text())
     assert said["scorer"] == ["Parameter torch.bfloat16", "Params4bit torch.uint8", "trained torch.bfloat16"]
-    assert said["tuned"] == ["Params4bit torch.uint8", "trained torch.bfloat16"]
+    assert said["nf4"] == ["Params4bit torch.uint8", "trained torch.bfloat16"]
+    assert said["none"] == ["Parameter torch.bfloat16", "trained torch.bfloat16"]
     assert said["accuracy"] == [16, 1] and said["scores"][0] == said["scores"][1]
-    assert said["held out"][-1] < 0.9 * said["held out"][0]
+    assert all(said[f"{kind}, held out"][-1] < 0.9 * said[f"{kind}, held out"][0] for kind in ("nf4", "none"))
     kept = [torch.load(path, weights_only=False)["module"] for path in tmp_path.glob("*/checkpoint-*/*/mp_rank*")]
-    assert len(kept) == 4, "an epoch each"
+    assert len(kept) == 6, "an epoch each"
     whole = [name for names in kept for name in names if name.endswith(".weight") and "lora_" not in name]
     assert all("score" in name for name in whole), "no weight of the base is in a checkpoint"

@@ -80,6 +80,16 @@ def make_encoder(family: str, max_tokens: int = 1000) -> ChatEncoder:
     return ChatEncoder(tokenizer, frozenset([tokenizer.eos_token_id]), max_tokens)
 
 
+def encode(encoder: ChatEncoder, pair: Pair) -> TrainingExample:
+    (example,) = encoder([pair])
+    assert example
+    return example
+
+
+def as_dataset(examples: list[TrainingExample]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(tuning.as_columns(examples))
+
+
 def learnt(encoder: ChatEncoder, example: TrainingExample) -> str:
     """What carries loss, as text."""
     kept = [label for label in example.labels if label != IGNORED]
@@ -91,7 +101,7 @@ def learnt(encoder: ChatEncoder, example: TrainingExample) -> str:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_exactly_the_answer_and_its_end_token_carry_loss(family: str):
     encoder = make_encoder(family)
-    example = encoder(PAIR)
+    example = encode(encoder, PAIR)
     lead = " " if family == "Mistral" else ""  # which the model is to say itself
     assert learnt(encoder, example) == lead + ANSWER + FAMILIES[family][1] and not example.cut
     asked = encoder.tokenizer.apply_chat_template(
@@ -111,20 +121,20 @@ ENCODERS = {family: make_encoder(family) for family in FAMILIES}
 )
 def test_of_any_text_the_answer_and_its_end_carry_loss(question: str, answer: str, family: str):
     encoder = ENCODERS[family]
-    assert learnt(encoder, encoder(Pair(question, answer))).strip() == answer + FAMILIES[family][1]
+    assert learnt(encoder, encode(encoder, Pair(question, answer))).strip() == answer + FAMILIES[family][1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_an_answer_too_long_the_start_stays_and_nothing_says_that_it_ends(family: str):
     encoder = make_encoder(family)
-    whole = encoder(PAIR)
+    whole = encode(encoder, PAIR)
     start = whole.labels.index(next(label for label in whole.labels if label != IGNORED))
     for room in (1, 3):
-        short = ChatEncoder(encoder.tokenizer, encoder.ends, start + room)(PAIR)
+        short = ChatEncoder(encoder.tokenizer, encoder.ends, start + room)([PAIR])[0]
         assert short.cut and short.input_ids == whole.input_ids[: start + room]
         assert short.labels == whole.labels[: start + room]
-    assert ChatEncoder(encoder.tokenizer, encoder.ends, start)(PAIR) is None
-    assert not ChatEncoder(encoder.tokenizer, encoder.ends, len(whole.input_ids))(PAIR).cut
+    assert ChatEncoder(encoder.tokenizer, encoder.ends, start)([PAIR]) == [None]
+    assert not ChatEncoder(encoder.tokenizer, encoder.ends, len(whole.input_ids))([PAIR])[0].cut
 
 
 def base_with(folder: Path, **generation: object) -> Path:
@@ -138,20 +148,20 @@ def test_the_end_may_be_one_that_only_the_model_knows_of(tmp_path: Path, capsys:
     tokenizer = make_tokenizer(LLAMA_3, "</s>")  # as Gemma: turns end with another token than texts do
     eot = tokenizer.convert_tokens_to_ids("<|eot|>")
     encoder = load_encoder(tokenizer, base_with(tmp_path, eos_token_id=[2, eot]), 1000)
-    assert encoder(PAIR).input_ids[-1] == eot and not capsys.readouterr().out
+    assert encode(encoder, PAIR).input_ids[-1] == eot and not capsys.readouterr().out
 
 
 def test_no_pair_is_longer_than_the_model_can_hold(tmp_path: Path):
     transformers.LlamaConfig(vocab_size=600, max_position_embeddings=40).save_pretrained(tmp_path)
     encoder = load_encoder(make_tokenizer(CHATML), tmp_path, 1000)
-    assert len(encoder(Pair(QUESTION, ANSWER * 9)).input_ids) == 40
+    assert len(encode(encoder, Pair(QUESTION, ANSWER * 9)).input_ids) == 40
     assert load_encoder(make_tokenizer(CHATML), tmp_path, 30).max_tokens == 30
 
 
 def test_where_the_template_has_no_end_the_end_token_is_added(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}bot:"
     encoder = load_encoder(make_tokenizer(template, "</s>"), base_with(tmp_path), 1000)
-    assert encoder(PAIR).input_ids[-1] == encoder.tokenizer.eos_token_id
+    assert encode(encoder, PAIR).input_ids[-1] == encoder.tokenizer.eos_token_id
     assert "starts an answer differently" in capsys.readouterr().out
 
 
@@ -189,9 +199,9 @@ def make_model(kind: str, attention: str = "sdpa") -> transformers.PreTrainedMod
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attention: str):
     model, encoder = make_model(kind, attention), make_encoder("ChatML, marked")
-    examples = [encoder(Pair(QUESTION * (n + 1), ANSWER[:n])) for n in (1, 9, 4, 12, 7)]
+    examples = [encode(encoder, Pair(QUESTION * (n + 1), ANSWER[:n])) for n in (1, 9, 4, 12, 7)]
     room = sum(len(example.input_ids) for example in examples)
-    packed = tuning.pack_dataset(tuning.as_dataset(examples), room)
+    packed = tuning.pack(as_dataset(examples), room, seed=1)
     assert len(packed) == 1 and len(packed[0]["seq_lengths"]) == 5
     batch = tuning.DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)([packed[0]])
     labels = batch.pop("labels")[0].tolist()
@@ -212,7 +222,7 @@ def test_an_example_in_a_pack_gives_the_logits_it_gives_alone(kind: str, attenti
 @settings(max_examples=20)
 def test_a_long_pair_is_a_pack_alone_and_does_not_make_the_others_longer(lengths: list[int], room: int):
     examples = [TrainingExample([n] * length, [n] * length) for n, length in enumerate(lengths)]
-    packs = tuning.pack(examples, room, seed=1)
+    packs = tuning.pack(as_dataset(examples), room, seed=1)
     assert sorted(n for row in packs["input_ids"] for n in row) == sorted(n for e in examples for n in e.input_ids)
     assert list(packs["labels"]) == list(packs["input_ids"])
     for row, parts in zip(packs["input_ids"], packs["seq_lengths"], strict=True):

@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which is imported later
 
 Quantization = Literal["auto", "nf4", "none"]
+LORA_RANK = 32
 # What lies beside a model and its companions.
 _NOT_COMPANIONS = ("*.index.json", "adapter_config.json", "run.json")
 
@@ -68,6 +69,11 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def gpu_memory(planned: float) -> int:
+    """The bytes of this process's GPU to plan for: as many GiB as ``planned``, or all where that is 0."""
+    return round(planned * 2**30) or torch.cuda.get_device_properties(device()).total_memory
+
+
 def can_bf16() -> bool:
     """Whether the device computes in bf16 at full speed; a CPU trains a small model faster in fp32."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -87,7 +93,7 @@ def quantization(kind: Quantization) -> transformers.BitsAndBytesConfig | None:
 
 def lora(task_type: str) -> peft.LoraConfig:
     """r = 32, α = 32 on all linear layers (paper 4.1). ``task_type`` decides on a head that is trained in full."""
-    return peft.LoraConfig(task_type=task_type, r=32, lora_alpha=32, target_modules="all-linear")
+    return peft.LoraConfig(task_type=task_type, r=LORA_RANK, lora_alpha=32, target_modules="all-linear")
 
 
 # A model on disk

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -32,16 +33,18 @@ class ChatEncoder:
     ends: frozenset[int]
     max_tokens: int
 
-    def __call__(self, pair: Pair) -> TrainingExample | None:
-        """The tokens of a pair; None where the question alone leaves no room for an answer.
+    def __call__(self, pairs: Sequence[Pair]) -> list[TrainingExample | None]:
+        """The tokens of each pair, or None where the question alone leaves no room for an answer.
 
         The loss begins where the conversation with the answer departs from the prompt that asks for one, and ends
         with the end token. What the template writes after that (a line break, say) is never asked of the model.
         """
-        prompt, tokens = (
-            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-            for text in self.rendered(pair)
-        )
+        texts = [text for pair in pairs for text in self.rendered(pair)]
+        tokens = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        rows: list[list[int]] = tokens["input_ids"]  # together, so that the tokenizer can use all cores
+        return list(map(self._example, rows[::2], rows[1::2]))
+
+    def _example(self, prompt: list[int], tokens: list[int]) -> TrainingExample | None:
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(prompt, tokens, strict=False))
         start = len(list(same))
         last = next((place for place in range(len(tokens) - 1, start, -1) if tokens[place] in self.ends), None)

@@ -1,8 +1,9 @@
-"""QLoRA fine-tuning on packed examples (paper 4.1), from checkpoint to checkpoint."""
+"""LoRA fine-tuning on packed examples (paper 4.1), from checkpoint to checkpoint."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from augcon.data import Pair
 from augcon.errors import UserError
-from augcon.files import new_picture
+from augcon.files import new_picture, write_arrow
+from augcon.progress import bar
 from augcon.train import loop
 from augcon.train.base import Quantization, can_bf16, load_base, lora
-from augcon.train.chat import TrainingExample
+from augcon.train.chat import ChatEncoder, TrainingExample
 from augcon.train.ranks import on_main, print_main, world_size
 
 # Of the largest logit: the change that rounding to 16 bits may make where nothing leaks. A leak changes far more.
 _ROUNDING = 0.02
+_TOGETHER = 1000  # pairs encoded at once
+ENCODED = "encoded"  # the folder of the tokens, beside the checkpoints, as long as the training lasts
 
 
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
@@ -43,81 +48,143 @@ def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> Pe
     return tuned
 
 
+@dataclasses.dataclass
+class Written:
+    """The lengths of the examples in a file, how many answers are cut, and how many pairs have no room for one."""
+
+    lengths: list[int]
+    cut: int = 0
+    lost: int = 0
+
+
+def write_examples(encoder: ChatEncoder, pairs: Sequence[Pair], path: Path) -> Written:
+    """Encodes pairs into a file that all processes map into their memory."""
+    written = Written([])
+
+    def encoded() -> Iterator[dict[str, list[Any]]]:
+        with bar(len(pairs), "tokens", "pairs") as progress:
+            for start in range(0, len(pairs), _TOGETHER):
+                some = pairs[start : start + _TOGETHER]
+                rows = [row for row in encoder(some) if row]
+                written.lengths += [len(row.input_ids) for row in rows]
+                written.cut += sum(row.cut for row in rows)
+                written.lost += len(some) - len(rows)
+                progress.update(len(some))
+                yield as_columns(rows)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # of all processes, only this one works now
+    write_arrow(path, {"input_ids": ["int32"], "labels": ["int32"], "length": "int32"}, encoded())
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    return written
+
+
+def as_columns(examples: Sequence[TrainingExample]) -> dict[str, list[Any]]:
+    """Examples as the columns of a dataset."""
+    tokens, labels = [row.input_ids for row in examples], [row.labels for row in examples]
+    return {"input_ids": tokens, "labels": labels, "length": list(map(len, tokens))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The rows of a training, how many of them are in a pass and how many passes in a step, and that in words.
+
+    ``largest`` is the number of tokens in the largest pass, ``packed`` whether a row holds several pairs.
+    """
+
+    rows: datasets.Dataset
+    packed: bool
+    side: int
+    passes: int
+    largest: int
+    words: str
+
+
+def lay_out(examples: datasets.Dataset, packed: bool, rules: loop.TrainingRules, most: int, folder: Path) -> Layout:
+    """Lays out the examples for training; packs are written into the ``folder``, where all processes read them."""
+    lengths = examples.with_format("numpy")["length"][:]
+    total, longest = int(lengths.sum()), int(lengths.max())
+    if not packed:
+        words = f"none, {rules.batch} pairs side by side, as this model's attention does not keep packed pairs apart"
+        return Layout(examples.remove_columns("length"), False, rules.batch, 1, rules.batch * longest, words)
+    # As long as the pairs of one step are together on average: the same number of tokens in every step.
+    step = max(2, math.ceil(rules.batch * total / len(lengths)))
+    passes = math.ceil(step / most)
+    room = max(2, math.ceil(step / passes))
+    on_main(lambda: pack(examples, room, rules.seed).save_to_disk(folder))
+    rows = datasets.load_from_disk(folder)
+    full = total / sum(max(room, sum(parts)) for parts in rows["seq_lengths"])
+    words = f"{len(examples):,} pairs in {len(rows):,} packs of at most {room:,} tokens, longer pairs alone, "
+    words += f"{full:.0%} full" + (f"; {passes} packs a step" if passes > 1 else "")
+    return Layout(rows, True, 1, passes, max(room, longest), words)
+
+
 def tune(
     model: PeftModel,
     tokenizer: transformers.PreTrainedTokenizerBase,
-    examples: Sequence[TrainingExample],
-    held_out: Sequence[TrainingExample],
+    examples: datasets.Dataset,
+    held_out: datasets.Dataset,
     rules: loop.TrainingRules,
     checkpoints: Path,
+    most: int,
+    keeps: Callable[[int], bool] = lambda tokens: not torch.cuda.is_available(),
 ) -> tuple[list[dict[str, Any]], str]:
     """Trains the adapter in place, from the last of the ``checkpoints`` on; returns the losses, and figures in words.
 
-    Raises UserError when the training does not fit in memory or diverges.
+    ``examples`` and ``held_out`` have the columns of ``as_columns``. A step of more than ``most`` tokens is divided
+    into passes whose gradients are summed up. ``keeps`` says whether there is memory for the activations of so many
+    tokens. Raises UserError when the training does not fit in memory or diverges.
     """
     datasets.disable_progress_bars()
-    lengths = [len(example.input_ids) for example in examples]
-    # As long as the pairs of one step are together on average: the same number of tokens in every step.
-    length = max(2, math.ceil(rules.batch * sum(lengths) / len(lengths)))
-    rows, batch, packed = as_dataset(examples), rules.batch, stays_apart(model)
-    packing = f"none, {batch} pairs side by side, as this model's attention does not keep packed pairs apart"
-    if packed:
-        rows, batch = pack(examples, length, rules.seed), 1
-        full = sum(lengths) / sum(max(length, sum(parts)) for parts in rows["seq_lengths"])
-        packing = f"{len(examples):,} pairs in {len(rows):,} packs of at most {length:,} tokens, longer pairs alone, "
-        packing += f"{full:.0%} full"
-    steps = rules.epochs * math.ceil(len(rows) / (batch * world_size()))
+    layout = lay_out(examples, stays_apart(model), rules, most, checkpoints / ENCODED / "packs")
+    steps = rules.epochs * math.ceil(len(layout.rows) / (layout.side * layout.passes * world_size()))
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
-    arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=batch), steps) | {
-        "max_length": max(length, *lengths),
-        "packing": packed,
+    arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=layout.side), steps) | {
+        "gradient_accumulation_steps": layout.passes,
+        "gradient_checkpointing": not keeps(layout.largest),
+        "max_length": layout.largest,
+        "packing": layout.packed,
         "eval_packing": False,
         "save_total_limit": None,  # so that the epochs can be compared
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "per_device_eval_batch_size": 1,  # so that the mean over batches is the mean over pairs
         "prediction_loss_only": True,
-        "eval_strategy": "epoch" if held_out else "no",
-        "eval_on_start": bool(held_out) and not last,
+        "eval_strategy": "epoch" if len(held_out) else "no",
+        "eval_on_start": bool(len(held_out)) and not last,
     }
     trainer = SFTTrainer(
         model,
         SFTConfig(**arguments),
-        train_dataset=rows,
-        eval_dataset=as_dataset(held_out) if held_out else None,
+        train_dataset=layout.rows,
+        eval_dataset=held_out.remove_columns("length") if len(held_out) else None,
         processing_class=tokenizer,
     )
     if not can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
         for weights in model.parameters():
             weights.data = weights.data.float() if weights.requires_grad else weights.data
-    print_main(f"packing: {packing}")
+    print_main(f"packing: {layout.words}")
     words = loop.train(
         trainer,
         last,
         "fine-tuning",
-        rules.epochs * sum(lengths),
-        too_large="lower --max-tokens or --batch, or use --quantize nf4",
+        rules.epochs * sum(examples["length"][:]),
+        too_large="plan for less with --gpu-memory, lower --max-tokens, or use --quantize nf4",
         too_fast=f"lower --learning-rate {rules.learning_rate} and add --redo",
     )
     return trainer.state.log_history, words
 
 
-def pack(examples: Sequence[TrainingExample], room: int, seed: int) -> datasets.Dataset:
+def pack(examples: datasets.Dataset, room: int, seed: int) -> datasets.Dataset:
     """Examples in packs of at most ``room`` tokens. A longer example is a pack of its own: if all packs were as long as
     the longest example, a step would learn from many more pairs than it should.
     """
+    lengths, tokens = examples.with_format("numpy")["length"][:], examples.remove_columns("length")
     packs = []
-    if short := [example for example in examples if len(example.input_ids) <= room]:
-        packs.append(pack_dataset(as_dataset(short).shuffle(seed=seed), room))
-    if long := [example for example in examples if len(example.input_ids) > room]:
-        packs.append(as_dataset(long).add_column("seq_lengths", [[len(example.input_ids)] for example in long]))
+    if len(short := (lengths <= room).nonzero()[0]):
+        packs.append(pack_dataset(tokens.select(short).shuffle(seed=seed), room))
+    if len(long := (lengths > room).nonzero()[0]):
+        packs.append(tokens.select(long).add_column("seq_lengths", [[length] for length in lengths[long].tolist()]))
     return datasets.concatenate_datasets([part.cast(packs[-1].features) for part in packs])
-
-
-def as_dataset(examples: Sequence[TrainingExample]) -> datasets.Dataset:
-    """Examples as SFTTrainer wants them, in their order."""
-    return datasets.Dataset.from_dict(
-        {"input_ids": [row.input_ids for row in examples], "labels": [row.labels for row in examples]}
-    )
 
 
 @torch.no_grad()
