@@ -19,22 +19,9 @@ with_server() {
     if [ "$server" = given ]; then contained "$@"; else python "$home/serve.py" "${settings[@]}" -- "$@"; fi
 }
 
-needed() { # whether a step has something to do
-    local answer
-    answer="$(plan needed "$1")" || exit 1
-    [ "$answer" = yes ]
-}
-
-step() { # step NUMBER TITLE FUNCTION: runs a step where it is needed
-    if ! needed "$1"; then return; fi
-    local began=$SECONDS
-    printf '\n== Step %s: %s\n' "$1" "$2"
-    "$3"
-    if needed "$1"; then
-        echo "error: step $1 ended without everything that it should have made" >&2
-        exit 1
-    fi
-    echo "== $((SECONDS - began)) s"
+next_step() { # sets step to the number of the first one that has something to do, if there is any
+    step="$(plan next)" || exit 1
+    [ "$step" != none ]
 }
 
 make_queries() { with_server python "$home/step1_gen_q.py" "${settings[@]}"; }
@@ -88,12 +75,23 @@ if [ "$scorer" = tiny ]; then
 fi
 plan check
 
-while true; do
-    step 1 queries make_queries
-    step 2 "scorer, rank and filter" score_queries
-    if ! needed 1; then break; fi # step 2 sends root contexts back that are short of their quota
+last=none
+while next_step; do # step 2 may send root contexts back to step 1
+    if [ "$step" = "$last" ]; then
+        echo "error: step $step ended without everything that it should have made" >&2
+        exit 1
+    fi
+    began=$SECONDS
+    case "$step" in
+        1) title=queries work=make_queries ;;
+        2) title="scorer, rank and filter" work=score_queries ;;
+        3) title=answers work=make_answers ;;
+    esac
+    printf '\n== Step %s: %s\n' "$step" "$title"
+    "$work"
+    echo "== $((SECONDS - began)) s"
+    last=$step
 done
-step 3 answers make_answers
 
 next=(deepspeed "$home/finetune.py")
 for setting in "$@"; do

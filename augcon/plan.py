@@ -3,7 +3,8 @@
     python -m augcon.plan way [FLAGS…]
 
 prints who serves, what the scorer is made of, the number of GPUs and the results folder; ``check`` in place of
-``way`` refuses what could not be run to its end; ``needed N`` prints yes or no: whether step N has something to do.
+``way`` refuses what could not be run to its end, and leaves the root contexts for step 1; ``next`` prints the number of
+the first step that has something to do, or none.
 """
 
 import sys
@@ -11,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from augcon.errors import stage
-from augcon.files import digest, read_json
+from augcon.files import file_digest, read_json
 from augcon.machine.gpus import require_gpu_numbers, visible_gpus
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
@@ -28,8 +29,8 @@ def main() -> None:
     elif question == "check":
         check(load_settings(__doc__), len(visible_gpus()))
     else:
-        step = int(sys.argv.pop(1))
-        print("yes" if needed(step, Results(load_settings(__doc__).results)) else "no")
+        results = Results(load_settings(__doc__).results)
+        print(next((step for step in (1, 2, 3) if needed(step, results)), "none"))
 
 
 def way(settings: Settings, gpus: int) -> str:
@@ -52,21 +53,26 @@ def server_of(settings: Settings, gpus: int) -> str:
 
 def check(settings: Settings, gpus: int) -> None:
     """Raises UserError for inputs that cannot be read, and for results that would be replaced without --redo."""
-    # This takes seconds to import, and `needed` does without.
-    from augcon.run.inputs import CorpusRules, answer_inputs, read_examples, read_roots, tree_inputs
+    # This takes seconds to import, and `next` does without.
+    from augcon.run.inputs import CorpusRules, answer_inputs, keep_roots, read_examples, read_roots, tree_inputs
 
-    results = Results(settings.results)
-    roots = read_roots(pick(CorpusRules, settings), Counter())
+    results, rules = Results(settings.results), pick(CorpusRules, settings)
+    skipped: Counter[str] = Counter()
+    cut_from = rules.cut_from()
+    roots = read_roots(rules, skipped, results)
     examples = read_examples(settings.qa_examples)
     served = {"demo": DEMO_MODEL, "vllm": settings.api_model or settings.model}.get(server_of(settings, gpus))
     model = {"model served": served} if served else {}
-    for stage_, inputs in (
+    stages = (
         ("step 1", tree_inputs(settings.inputs("step 1"), roots, settings.language) | model),
         ("scorer", settings.inputs("scorer")),
         ("step 2", settings.inputs("step 2")),
         ("step 3", answer_inputs(settings.inputs("step 3"), examples, ("zh", "en")) | model),
-    ):
-        results.record.check(stage_, inputs, results.made(stage_), settings.redo)
+    )
+    with results.held():
+        for stage_, inputs in stages:
+            results.record.check(stage_, inputs, results.made(stage_), settings.redo)
+        keep_roots(results, cut_from, roots, skipped)
 
 
 def needed(step: int, results: Results) -> bool:
@@ -79,7 +85,7 @@ def needed(step: int, results: Results) -> bool:
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
         return len(rounds) > int(finished["refills"])
     read = results.queries if step == 2 else results.filtered_queries
-    return not read.exists() or digest(read.read_bytes()) != finished["queries"]
+    return not read.exists() or file_digest(read) != finished["queries"]
 
 
 if __name__ == "__main__":

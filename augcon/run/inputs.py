@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 from augcon.data import Example, RootContext
 from augcon.errors import UserError
-from augcon.files import digest
+from augcon.files import digest, file_digest, write_lines
 from augcon.method.contexts import split_corpus
 from augcon.run.corpus import read_all, read_column, texts
 from augcon.run.record import Inputs
 from augcon.run.report import format_skipped
+from augcon.run.results import Results
 from augcon.text.prompts import Prompts, load_prompts
 from augcon.text.units import Language, language
 
 _PROJECT = Path(__file__).parent.parent.parent
+_CUT = "corpus as cut"  # in the record
+_CUTTING = ("method/contexts.py", "run/corpus.py", "text/units.py")  # what decides on it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,14 +31,45 @@ class CorpusRules:
     max_length: int
     quota_unit: int
 
+    def cut_from(self) -> Inputs:
+        """What the root contexts follow from, of which a change is noticed; nothing for a corpus that is not here.
 
-def read_roots(rules: CorpusRules, skipped: Counter[str]) -> list[RootContext]:
-    """The corpus as root contexts; what is skipped is counted by reason. Raises UserError when there is no text."""
+        The corpus by names, sizes and times of its files: the time of the last change to a file cannot be set.
+        """
+        stats = []
+        try:
+            source = Path(corpus_path(self.corpus)).expanduser().absolute()
+            for path in filter(Path.is_file, sorted((source, *source.rglob("*")))):
+                stat = path.stat()
+                stats.append([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+        except (OSError, RuntimeError):
+            return {}  # what is wrong is told when the corpus is read
+        code = digest(*((_PROJECT / "augcon" / name).read_bytes() for name in _CUTTING))
+        return {**dataclasses.asdict(self), "files": digest(stats), "code": code} if stats else {}
+
+
+def read_roots(rules: CorpusRules, skipped: Counter[str], results: Results | None = None) -> list[RootContext]:
+    """The corpus as root contexts; what is skipped is counted by reason. Raises UserError when there is no text.
+
+    Those that ``results`` already has of this very corpus are taken from there.
+    """
+    facts = results.record.done_with(_CUT, rules.cut_from()) if results else None
+    if results and facts and results.contexts.exists() and file_digest(results.contexts) == facts["contexts"]:
+        skipped.update(facts["skipped"])
+        return results.read_contexts()
     articles = texts(read_column(corpus_path(rules.corpus), rules.text_field), skipped)
     roots = list(split_corpus(articles, rules.max_length, rules.quota_unit))
     if not roots:
         raise UserError(f"corpus {rules.corpus!r} has no article with text{format_skipped(skipped)}")
     return roots
+
+
+def keep_roots(results: Results, cut_from: Inputs, roots: Sequence[RootContext], skipped: Counter[str]) -> None:
+    """Leaves root contexts for the next ``read_roots``; ``cut_from`` is as it was before the corpus was read."""
+    write_lines(results.contexts, map(dataclasses.asdict, roots))
+    if cut_from:
+        results.record.begin(_CUT, cut_from, (), redo=True)
+        results.record.finish(_CUT, contexts=file_digest(results.contexts), skipped=dict(skipped))
 
 
 def corpus_path(corpus: str) -> str:
