@@ -43,7 +43,7 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
 
     started = time.monotonic()
     skipped: Counter[str] = Counter()
-    roots = read_roots(pick(CorpusRules, settings), skipped)
+    roots = read_roots(pick(CorpusRules, settings), skipped, results)
     articles, wanted = len({root.article for root in roots}), sum(root.quota for root in roots)
     print(
         f"corpus:  {articles:,} articles{format_skipped(skipped)}; {len(roots):,} root contexts, "
