@@ -1,15 +1,17 @@
-"""Step 1 against a real vLLM server (its CPU build), with a tiny model of random weights made on the spot."""
+"""Real vLLM servers (its CPU build), with a tiny model of random weights made on the spot, and step 1 against one."""
 
 import importlib.util
 import json
-import os
-import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
 import pytest
 from conftest import ROOT, Engine, free_port, run, says_one_line
+
+from augcon.machine.spread import Layout
+from augcon.machine.vllm import vllm_command
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,18 +26,18 @@ CORPUS = [
 
 
 @pytest.fixture(scope="module")
-def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from augcon.demo.tiny_model import make_tiny_model
 
     model = tmp_path_factory.mktemp("model") / "tiny"
     make_tiny_model(model, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    return model
+
+
+@pytest.fixture(scope="module")
+def vllm(tiny: Path) -> Iterator[Engine]:
     port = free_port()
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    # The CPU build crashes on seeded requests with chunked prefill.
-    command += ["--enforce-eager", "--max-model-len", "8192", "--no-enable-chunked-prefill"]
-    command += ["--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port)]
-    server = Engine(command, port, patience=300)
+    server = Engine(vllm_command(tiny, "tiny", port, None, ""), port, patience=300)
     yield server
     server.stop()
 
@@ -73,3 +75,24 @@ def test_a_context_too_long_for_the_model_is_cut_until_it_fits(vllm: Engine, tmp
 def test_a_model_that_vllm_does_not_serve_is_one_line(vllm: Engine, tmp_path: Path):
     result = run("step1_gen_q.py", "--api-base", vllm.api, "--api-model", "other", "--results", tmp_path / "r")
     assert says_one_line(result, "'other'", "'tiny'", "--api-model")
+
+
+def test_the_command_for_gpus_is_one_that_vllm_takes_and_its_replies_tell_cached_tokens(tiny: Path, tmp_path: Path):
+    # The entry asks for the version of a package vllm. Here it finds one, so that it runs without a GPU, too.
+    package = tmp_path / "vllm-0.32.0+cpu.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
+    port, layout = free_port(), Layout(tensor=1, data=1, idle=0, room=0, utilisation=0.92, batch=1)
+    on_cpu = "--enforce-eager --no-enable-chunked-prefill --kv-cache-memory-bytes 500000000 --max-num-seqs 4"
+    command = vllm_command(tiny, "tiny", port, layout, on_cpu)
+    server = Engine(["env", f"PYTHONPATH={tmp_path}", "VLLM_CPU_NUM_OF_RESERVED_CPU=0", *command], port, patience=300)
+    try:
+        body = {"model": "tiny", "messages": [{"role": "user", "content": CORPUS[2] * 4}], "max_tokens": 4}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{server.api}/chat/completions", json.dumps(body).encode(), headers)
+        told = [json.load(urllib.request.urlopen(request))["usage"]["prompt_tokens_details"] for _ in range(2)]
+        assert [details["cached_tokens"] > 100 for details in told] == [False, True]
+        (model,) = json.load(urllib.request.urlopen(f"{server.api}/models"))["data"]
+        assert model["id"] == "tiny" and model["max_model_len"] == 8192
+    finally:
+        server.stop()

@@ -67,10 +67,12 @@ class Layout:
 def read_shape(model: Model) -> Shape:
     """The shape of a model, from its .json files alone. Raises UserError when they do not tell it."""
     file, index = model.folder / "config.json", model.folder / "model.safetensors.index.json"
+    names = ("hidden_layers", "n_layer"), ("attention_heads", "n_head")  # of most models, and of GPT-2
     try:
         whole = json.loads(file.read_text(encoding="utf-8"))
         config = whole | whole.get("text_config", {})
-        heads = config.get("num_attention_heads") or config["n_head"]
+        layers, heads = (config.get(f"num_{name}") or config[other] for name, other in names)
+        head_dim = config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads
         if index.exists():
             file = index
             weights = int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
@@ -81,10 +83,10 @@ def read_shape(model: Model) -> Shape:
         return Shape(
             model.name,
             weights // 2 if single_precision and "quantization_config" not in config else weights,
-            config.get("num_hidden_layers") or config["n_layer"],
+            layers,
             heads,
             config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or (config.get("hidden_size") or config["n_embd"]) // heads,
+            head_dim,
             config.get("intermediate_size") or 0,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -117,14 +119,15 @@ def spread(shape: Shape, gpus: list[Gpu], linked: bool, wanted: int = 0) -> Layo
 
 
 def busy(gpus: list[Gpu]) -> str:
-    """What is wrong with the GPU that has the most in use besides vLLM, and what to do; empty if there is enough."""
-    fullest = min(gpus, key=lambda gpu: gpu.free / gpu.total)
-    if _utilisation(gpus) == UTILISATION:
+    """Which GPUs have not enough free for vLLM's usual share, and what to do; empty if all have."""
+    short = [gpu for gpu in gpus if _utilisation([gpu]) < UTILISATION]
+    if not short:
         return ""
-    others = ",".join(gpu.index for gpu in gpus if gpu != fullest)
-    used = f"{(fullest.total - fullest.free) / 1024:.1f} of {fullest.total / 1024:.1f} GiB"
-    leave = f", or leave it out with CUDA_VISIBLE_DEVICES={others}" if others else ""
-    return f"GPU {fullest.index} has {used} in use by other programs; end those{leave}"
+    gpu = min(short, key=lambda gpu: gpu.free / gpu.total)
+    used = f"{(gpu.total - gpu.free) / 1024:.1f} of the {gpu.total / 1024:.1f} GiB of GPU {gpu.index}"
+    others = ",".join(gpu.index for gpu in gpus if gpu not in short)
+    leave = f", or leave out what is busy with CUDA_VISIBLE_DEVICES={others}" if others else ""
+    return f"other programs use {used}; end them{leave}"
 
 
 def _utilisation(gpus: list[Gpu]) -> float:
