@@ -2,16 +2,21 @@
 
 import json
 import os
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT, clean_environment
 
 from augcon.demo.engine import MODEL
 from augcon.errors import UserError
 from augcon.files import digest
+from augcon.method.contexts import split_corpus
 from augcon.plan import DEMO_MODEL, check, needed, way
+from augcon.run import inputs
 from augcon.run.results import Results
 from config import Settings, load_settings
 
@@ -86,6 +91,19 @@ def test_a_step_that_was_begun_again_or_whose_file_is_gone_is_needed(done: Resul
     path = done.made(f"step {step}")[0]
     path.rename(path.with_name("gone"))
     assert step in steps_needed(done)
+
+
+def test_the_next_step_is_the_first_that_is_needed(tmp_path: Path, done: Results):
+    def following(results: Path) -> str:
+        command = [sys.executable, "-P", "-m", "augcon.plan", "next", "--results", str(results)]
+        environment = {**clean_environment(), "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=environment, text=True, capture_output=True, check=True).stdout
+
+    assert (following(tmp_path / "new"), following(done.folder)) == ("1\n", "none\n")
+    done.filtered_queries.write_text('{"0": []}')
+    assert following(done.folder) == "3\n"
+    done.queries.write_text('{"0": []}')
+    assert following(done.folder) == "2\n"
 
 
 def test_a_step_whose_input_has_changed_is_needed(done: Results):
@@ -166,3 +184,70 @@ def test_settings_of_steps_that_made_nothing_may_change(whole: Path, settings: C
 def test_a_given_server_says_itself_which_model_it_has(whole: Path, settings: Callable[..., Settings]):
     check(settings("--api-base", "http://127.0.0.1:1/v1", "--results", whole), 0)
     assert not outdated(whole) and DEMO_MODEL == MODEL
+
+
+# The corpus is cut once
+
+
+CORPUS = (
+    "".join(f'{{"article": "社区食堂在午间{n}点开门，二十个座位常常坐满。老人刷卡。"}}\n' for n in "一二三")
+    + '{"article": ""}\n'
+)
+
+
+@pytest.fixture
+def cut(tmp_path: Path, settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Reads the corpus as step 1 does; returns how often it was cut."""
+    (tmp_path / "c.jsonl").write_text(CORPUS)
+    cuts = []
+    monkeypatch.setattr(inputs, "split_corpus", lambda *given: cuts.append(1) or split_corpus(*given))
+
+    def read(*flags: object) -> int:
+        cuts.clear()
+        chosen = settings("--demo", "--corpus", tmp_path / "c.jsonl", "--results", tmp_path / "r", *flags)
+        skipped: Counter[str] = Counter()
+        rules = inputs.CorpusRules(chosen.corpus, chosen.text_field, chosen.max_length, chosen.quota_unit)
+        roots = inputs.read_roots(rules, skipped, Results(tmp_path / "r"))
+        times = len(cuts)
+        assert (roots, skipped) == (inputs.read_roots(rules, Counter()), {"empty": 1}), "as if cut anew"
+        return times
+
+    return read
+
+
+def test_step_1_takes_the_root_contexts_that_the_check_has_cut(
+    tmp_path: Path, settings: Callable[..., Settings], cut: Callable[..., int]
+):
+    assert cut() == 1
+    check(settings("--demo", "--corpus", tmp_path / "c.jsonl", "--results", tmp_path / "r"), 0)
+    assert cut() == 0
+
+
+@pytest.mark.parametrize("change", ["longer", "same size and date", "cut otherwise", "other contexts", "no contexts"])
+def test_root_contexts_are_never_those_of_another_corpus_or_cut(
+    tmp_path: Path, settings: Callable[..., Settings], cut: Callable[..., int], change: str
+):
+    corpus, contexts = tmp_path / "c.jsonl", tmp_path / "r" / "contexts.jsonl"
+    check(settings("--demo", "--corpus", corpus, "--results", tmp_path / "r"), 0)
+    if change == "longer":
+        corpus.write_text(CORPUS.replace("老人", "老人们"))
+    elif change == "same size and date":
+        stat = corpus.stat()
+        corpus.write_text(CORPUS.replace("老人", "学生"))
+        os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert (corpus.stat().st_size, corpus.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    elif change == "other contexts":
+        contexts.write_text(contexts.read_text().replace("老人", "学生"))
+    elif change == "no contexts":
+        contexts.unlink()
+    assert cut(*(["--quota-unit", 9] if change == "cut otherwise" else [])) == 1
+
+
+def test_a_corpus_that_is_refused_leaves_the_root_contexts_alone(whole: Path, settings: Callable[..., Settings]):
+    check(settings("--demo", "--results", whole), 0)
+    before = (whole / "contexts.jsonl").read_bytes()
+    with pytest.raises(UserError, match="max_length was"):
+        check(settings("--demo", "--results", whole, "--max-length", 100), 0)
+    assert (whole / "contexts.jsonl").read_bytes() == before
+    with Results(whole).held(), pytest.raises(UserError, match="another run is using"):
+        check(settings("--demo", "--results", whole), 0)

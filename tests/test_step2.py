@@ -19,7 +19,6 @@ from augcon.method.diversity import DiverseQueries
 from augcon.method.pairs import NEGATIVES
 
 FLAGS = ("--scorer-epochs", 1, "--scorer-batch", 8, "--scorer-learning-rate", "3e-3", "--max-refills", 2)
-FLAGS += ("--refill-threshold", 0)
 MADE = ("scores.jsonl", "filtered_queries.json", "run.json")
 DEEPSPEED = Path(sys.executable).with_name("deepspeed")
 
@@ -181,28 +180,70 @@ def test_short_roots_go_back_to_step_1_until_that_was_done_often_enough(
     (results / "contexts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in contexts))
     flags = ("--results", results, "--scorer-model", base, *FLAGS)
     first = run("step2_scorer.py", *flags)
-    assert "as trained before" in first.stdout and "2 go back to step 1" in first.stdout, first.stderr
+    rounds, filtered = read(results / "refills.json"), read(results / "filtered_queries.json")
+    short = [row["root"] for row in contexts if len(filtered[str(row["root"])]) < row["quota"]]
+    assert len(rounds) == 1 and {3, 7} <= set(rounds[0]) <= set(short)
+    assert "as trained before" in first.stdout and f"{len(rounds[0])} go back to step 1" in first.stdout, first.stderr
     assert "scored:" not in first.stdout, "every score is there already"
-    assert read(results / "refills.json") == [[3, 7]]
     assert {"refills": 0, "ordered": 1}.items() <= facts_of(results, "step 2").items()
     before = made(results)
     assert run("step2_scorer.py", *flags).returncode == 0
-    assert made(results) == before and read(results / "refills.json") == [[3, 7]]
+    assert made(results) == before and read(results / "refills.json") == rounds
 
     # Step 1 has grown two rounds meanwhile, and one query is new.
     queries = read(results / "queries.json")
     queries["3"].append([queries["3"][0][0], "为什么要等到明年才能拿完，风险又起了什么作用？"])
     write(results / "queries.json", queries)
-    write(results / "refills.json", [[3, 7], [7]])
+    write(results / "refills.json", [*rounds, [7]])
     set_facts(results, "step 1", refills=2)
     last = run("step2_scorer.py", *flags)
-    assert (
-        "scored:  1 queries" in last.stdout
-        and "2 stay short of it, by " in last.stdout
-        and "after 2 refills" in last.stdout
-    ), last.stderr
-    assert read(results / "refills.json") == [[3, 7], [7]]
+    assert "scored:  1 queries" in last.stdout, last.stderr
+    assert f"{len(short)} stay short of it, by " in last.stdout and "after 2 refills" in last.stdout
+    assert read(results / "refills.json") == [*rounds, [7]]
     assert {"refills": 2, "ordered": 2}.items() <= facts_of(results, "step 2").items()
+
+
+def by_hand(results: Path, roots: list[tuple[int, int, list[list[str]]]]) -> None:
+    """Step 1's files without pairs: of each root context its length, its quota, and the queries of its trees."""
+    results.mkdir()
+    contexts = [
+        {"root": n, "article": n, "start": 0, "end": 1, "length": length, "quota": quota, "text": "一"}
+        for n, (length, quota, _) in enumerate(roots)
+    ]
+    nodes = [
+        {"id": f"{n}:{tree}:{'1' * place}", "context": "一", "query": query}
+        for n, (_, _, trees) in enumerate(roots)
+        for tree, queries in enumerate(trees)
+        for place, query in enumerate(queries)
+    ]
+    for name, rows in (("contexts.jsonl", contexts), ("nodes.jsonl", nodes)):
+        (results / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    listed = {n: [["一", query] for tree in trees for query in tree] for n, (_, _, trees) in enumerate(roots)}
+    write(results / "queries.json", listed)
+    set_facts(results, "step 1", refills=0, pairs=0)
+
+
+@pytest.mark.slow
+def test_a_refill_is_ordered_only_where_enough_is_missing_and_only_for_roots_that_may_give_more(tmp_path: Path):
+    whole = [f"w{n} x{n} y{n} z{n}" for n in range(96)]
+    grows, spent, tiny = ["猫为什么怕水？"], ["谁在雨里唱歌？"], ["山上有什么树？"]
+    results = tmp_path / "r"
+    by_hand(results, [(500, 96, [whole]), (50, 2, [grows]), (50, 2, [spent, spent]), (10, 2, [tiny]), (50, 1, [[]])])
+    few = run("step2_scorer.py", "--results", results)
+    assert few.returncode == 0 and not (results / "refills.json").exists(), few.stderr
+    assert "1 of 5 have their quota; 4 stay short of it, by 4 pairs (3.9% of the quota), too few" in few.stdout
+    assert "for 1 of them, add --refill-threshold 0 --redo" in few.stdout
+    assert says_one_line(run("step2_scorer.py", "--results", results, "--refill-threshold", 0), "refill_threshold was")
+    sent = run("step2_scorer.py", "--results", results, "--refill-threshold", 0, "--redo")
+    assert sent.returncode == 0 and "1 go back to step 1" in sent.stdout, sent.stderr
+    assert read(results / "refills.json") == [[1]]
+
+    by_hand(tmp_path / "s", [(50, 2, [spent, spent]), (10, 2, [tiny])])
+    hopeless = run("step2_scorer.py", "--results", tmp_path / "s", "--refill-threshold", 0)
+    assert "2 stay short of it, by 2 pairs (50.0% of the quota), as their last trees brought nothing new" in (
+        hopeless.stdout
+    )
+    assert not (tmp_path / "s" / "refills.json").exists()
 
 
 @pytest.mark.slow
