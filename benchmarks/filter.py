@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import jieba  # noqa: E402
 from rouge_chinese import Rouge  # noqa: E402
 
-from augcon.method.diversity import Sweep, rank_and_filter  # noqa: E402
+from augcon.method.diversity import Candidates, rank_and_filter  # noqa: E402
 
 THRESHOLD = 0.7
 QUOTA = 15
@@ -43,15 +43,16 @@ def main() -> None:
         f"plain {plain_time:.2f} s, AugCon {our_time:.3f} s, with its words cut before {again:.3f} s: "
         f"ratio {plain_time / our_time:.0f}, {plain_time / again:.0f}"
     )
-    kept, seconds = chosen(roots, Sweep(0.9))
+    kept, seconds = chosen(roots, 0.9)
     queries, left = sum(map(len, roots)), sum(map(len, kept))
     print(f"all {queries:,} queries, swept across the corpus: {left:,} kept, {seconds:.1f} s")
 
 
-def chosen(roots: list[list[str]], sweep: Sweep | None = None) -> tuple[list[list[int]], float]:
+def chosen(roots: list[list[str]], sweep_threshold: float = 0) -> tuple[list[list[int]], float]:
     """What AugCon keeps of each root context, in the order given, and the seconds that it takes."""
     started = time.perf_counter()
-    kept = [rank_and_filter(queries, [0.0] * len(queries), QUOTA, THRESHOLD, sweep)[0] for queries in roots]
+    candidates = [Candidates.of(QUOTA, queries, [0.0] * len(queries)) for queries in roots]
+    kept = [places for places, _ in rank_and_filter(candidates, THRESHOLD, sweep_threshold)]
     return kept, time.perf_counter() - started
 
 
