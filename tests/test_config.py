@@ -187,7 +187,7 @@ def test_help_shows_the_groups_of_the_script_and_those_of_every_script_last(load
 def test_each_stage_knows_the_settings_that_shape_it(load):
     settings = load("--seed", "7")
     assert settings.inputs("step 1")["seed"] == 7
-    assert settings.inputs("step 2") == {"sweep_threshold": 0.9, "max_refills": 1}
+    assert settings.inputs("step 2") == {"sweep_threshold": 0.9, "refill_threshold": 0.05, "max_refills": 1}
     assert "epochs" in settings.inputs("finetune") and "scorer_epochs" in settings.inputs("scorer")
     shaping = [name for stage in STAGES for name in settings.inputs(stage)]
     assert len(shaping) == len(set(shaping))
