@@ -41,6 +41,7 @@ CARDS = {  # MiB, and how several of them are connected
     "81": (81_920, "NVIDIA A100-SXM4-80GB", "NV12"),
     "141": (143_771, "NVIDIA H200", "NV18"),
 }
+FOUR_BITS = {"torch_dtype": "float32", "quantization_config": {"bits": 4}}  # that is of what is not quantised
 # Copies × GPUs of each, those that stay idle, thousand tokens of room in a copy; or how many would do.
 TABLE = """
 | GPUs | 7B | 14B | 32B | 72B |
@@ -113,12 +114,13 @@ def test_the_table_of_models_over_machines(dry_run: DryRun, row: list[str]):
         ("4×80 GB", 141_107_412_992, config(80, 64, 8, 8192, 28672), "1×4, 477k"),  # Llama 3 70B
         ("16×80 GB", 141_107_412_992, config(80, 64, 8, 8192, 28672), "4×4, 477k"),
         ("8×80 GB", 28_334_581_760, config(40, 40, 40, 5120, 13696), "2×4, 328k"),  # Qwen1.5 14B, a key for each head
-        ("5×80 GB", 28_334_581_760, config(40, 40, 40, 5120, 13696), "1×4 + 1 idle, 328k"),  # 5 is no part of 13,696
+        # Qwen3 235B, whose 4 key-value heads lie twice on 8 GPUs
+        ("8×80 GB", 470_187_269_120, config(94, 64, 4, 4096, 12288, head_dim=128), "1×8, 324k"),
         ("8×80 GB", 65_024_245_760, config(64, 40, 8, 5120, 27392), "4×2, 319k"),  # Qwen1.5 32B
         ("1×24 GB", 2 * 15_231_233_024, config(28, 28, 4, 3584, 18944, torch_dtype="float32"), "1×1, 110k"),
         ("1×24 GB", 2 * 15_231_233_024, config(28, 28, 4, 3584, 18944, torch_dtype=None, dtype="float32"), "1×1, 110k"),
-        ("8×80 GB", 41_602_000_000, config(80, 64, 8, 8192, 29568, quantization_config={"bits": 4}), "4×2, 327k"),
-        ("1×80 GB", 41_602_000_000, config(80, 64, 8, 8192, 29568, quantization_config={"bits": 4}), "1×1, 100k"),
+        ("8×80 GB", 41_602_000_000, config(80, 64, 8, 8192, 29568, **FOUR_BITS), "4×2, 327k"),  # AWQ
+        ("1×80 GB", 41_602_000_000, config(80, 64, 8, 8192, 29568, **FOUR_BITS), "1×1, 100k"),
         # Gemma 2 9B, of heads that are wider than their share, beside a configuration for pictures
         ("1×24 GB", 18_483_411_968, {"text_config": config(42, 16, 8, 3584, 14336, head_dim=256)}, "1×1, 8k"),
     ],
@@ -170,6 +172,13 @@ def test_a_gpu_in_use_by_others_is_pointed_out_and_what_is_free_is_taken(dry_run
     small = dry_run("1×24 GB", *QWEN["14B"], others={0: 24_000})
     assert says_one_line(small, "take 2 of these")  # it would not fit without the others, either
     assert dry_run("1×80 GB", *QWEN["7B"], others={0: 4000}).stderr == ""  # within what vLLM leaves
+
+
+def test_a_part_is_not_one_that_the_layers_cannot_be_cut_into(dry_run: DryRun):
+    qwen = 28_334_581_760, config(40, 40, 40, 5120, 13696)  # Qwen1.5 14B: 5 GPUs divide its heads, but not 13,696
+    assert cell(dry_run("5×49 GB", *qwen, link="NV4")) == "1×4 + 1 idle, 175k"
+    few = config(40, 40, 8, 5120, 13700)  # 5 divides these, but not the 8 key-value heads
+    assert cell(dry_run("5×49 GB", 133_000_000_000, few, link="NV4")) == "1×4 + 1 idle, 240k"
 
 
 def test_a_model_that_cannot_be_split_over_enough_of_these_gpus_needs_larger_ones(dry_run: DryRun):
