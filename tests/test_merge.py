@@ -16,6 +16,7 @@ from fidelity import LARGEST_DIVERGENCE, divergence
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import load_file, save_file
 
+import augcon.hub
 import augcon.train.merge
 from augcon.demo.tiny_model import make_tiny_model
 from augcon.run.record import Record
@@ -356,12 +357,12 @@ def test_the_model_is_written_beside_its_adapter_and_the_command_that_serves_it_
 def test_an_adapter_may_come_from_the_hub(
     nf4: Parts, merge: Callable[..., Merged], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def download(name: str, **_: object) -> str:
+    def download(name: str, dry_run: bool, **_: object) -> str | list[object]:
         if name != "someone/adapter":
             raise OSError(f"404: {name}\nnot found")
-        return str(nf4.lora)
+        return [] if dry_run else str(nf4.lora)  # of a dry run, what would be downloaded
 
-    monkeypatch.setattr(training, "snapshot_download", download)
+    monkeypatch.setattr(augcon.hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     status, said, error = merge("--lora", "someone/adapter", "--results", "r")
     assert (status, error) == (0, "") and "adapter: someone/adapter, 14 layers" in said
