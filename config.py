@@ -99,6 +99,12 @@ class Settings(BaseSettings):
         0.75, "ROUGE-L recall of a context in its halves below which they have lost too much of it", ge=0, le=1
     )
     min_length: int = _trees(20, "λ: no query for a shorter context (paper 3.2); unit as max-length", ge=1)
+    leaf_length: int = _trees(
+        40,
+        "a shorter context is asked for its question alone and not split, as its halves would mostly be below "
+        "min-length; 0: all are split",
+        ge=0,
+    )
     rouge_threshold: float = _trees(
         0.7,
         "ROUGE-L precision below which a half is hallucinated, and from which queries are too alike (paper 3.2, 3.3)",

@@ -74,6 +74,27 @@ def test_sentences_joined_give_back_the_text(text: str, min_length: int):
     assert "".join(focus.split_sentences(text, min_length)) == text
 
 
+def test_where_there_is_nothing_to_cut_the_reply_ends_with_the_question():
+    asked: list[Request] = []
+
+    async def ask(request: Request) -> Reply:
+        asked.append(request)
+        return Reply(f"Question: What about {next(TOPICS)} and {next(TOPICS)}?\nCut after: 1", complete=True)
+
+    def grow(rules: TreeRules) -> tuple[list[Node], int]:
+        asked.clear()
+        nodes = asyncio.run(grow_tree(ask, PROMPTS, ROOT, rules))
+        assert all((node.outcome, node.tries) == ("done", 1) for node in nodes)
+        return nodes, sum(bool(request.end) for request in asked)
+
+    nodes, alone = grow(dataclasses.replace(RULES, leaf_length=0))
+    assert (len(nodes), alone) == (11, 6)  # each of the six sentences
+    nodes, alone = grow(dataclasses.replace(RULES, leaf_length=60))
+    halved = {node.path[:-1] for node in nodes}
+    assert alone == sum(node.path not in halved for node in nodes) == 4
+    assert all((length(node.context) < 60) == (node.path not in halved) for node in nodes)
+
+
 def test_a_question_may_name_what_the_rest_of_the_root_context_holds():
     text = TEXT + " All of them learnt from Agnes Brandt in 1931, as their parents had done before they took over."
     root = dataclasses.replace(ROOT, text=text, length=length(text))

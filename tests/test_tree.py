@@ -96,6 +96,37 @@ def test_a_context_below_min_length_is_asked_nothing():
     assert model.asked == []
 
 
+SHORT = "第一条街上新开了一家面包店，每天早上一点开门，晚上十点关门。"
+WHOLE = dataclasses.replace(RULES, leaf_length=0)  # every context is split
+
+
+def test_a_context_below_leaf_length_is_asked_for_its_question_alone():
+    model = Model()
+    nodes = grow(model)
+    short = [node for node in nodes if length(node.context) < RULES.leaf_length]
+    assert short and all((node.outcome, node.tries, bool(node.query)) == ("done", 1, True) for node in short)
+    assert not any(other.path.startswith(f"{node.path}1") for node in short for other in nodes)
+    alone = [request for request in model.asked if request.end]
+    assert [request.messages for request in alone] == [PROMPTS.question_messages(node.context) for node in short]
+    assert all(request.pattern == PROMPTS.question_pattern() for request in alone)
+    whole = Model()
+    assert len(grow(whole, rules=WHOLE)) == len(nodes) and not any(request.end for request in whole.asked)
+
+
+def test_a_context_without_a_question_of_its_own_ends_alone_with_the_reason():
+    def odd(context: str, request: Request) -> str | None:
+        if request.end and context == short[0].context:
+            raise Refused("refused with status 400")
+        return "我不明白。" if context == short[1].context else None
+
+    short = [node for node in grow(Model()) if length(node.context) < RULES.leaf_length]
+    by_path = {node.path: node for node in grow(Model(odd))}
+    refused, unread, *others = (by_path[node.path] for node in short)
+    assert (refused.outcome, refused.detail, refused.tries) == ("failed", "refused with status 400", 0)
+    assert (unread.outcome, unread.detail, unread.tries) == ("not parseable", "no question", 4)
+    assert not refused.query and not unread.query and all(node.query for node in others)
+
+
 def test_the_query_is_kept_where_a_half_is_hallucinated_and_the_halves_are_not():
     def invents(context: str, _: Request) -> str | None:
         if context == TEXT:
@@ -149,9 +180,8 @@ def test_or_is_cut_at_the_sentence_end_nearest_the_middle_and_the_tree_goes_on(k
 
 
 def test_a_single_sentence_that_does_not_divide_is_asked_once():
-    text = "第一条街上新开了一家面包店，每天早上一点开门，晚上十点关门。"
-    model = Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", (text, "")))
-    (node,) = grow(model, text)
+    model = Model(lambda context, _: PROMPTS.cst_reply("面包店几点开门呢？", (SHORT, "")))
+    (node,) = grow(model, SHORT, WHOLE)
     assert (node.outcome, node.tries, len(model.asked)) == ("not shorter", 1, 1)
 
 
@@ -188,11 +218,18 @@ def test_an_ungrounded_question_is_asked_again_alone_then_marked():
     model = Model(dreams)
     root = grow(model)[0]
     of_root = [request for request in model.asked if context_of(request) == TEXT]
-    assert [bool(request.end) for request in of_root] == [False, True, False, False]  # a stop string is used once
+    assert [bool(request.end) for request in of_root] == [False, True, True, True]  # none but the first wrote halves
     assert root.query == "0号桥头的1987年《月亮报》讲了什么？" and "1987" in root.doubt
     better = Model(lambda context, request: dreams(context, request) if request.sample < 2 else None)
     root = grow(better)[0]
     assert (root.doubt, root.tries) == ("", 3) and root.query and root.query.endswith("有什么要紧的？")
+
+
+def test_a_question_that_is_asked_for_again_is_drawn_anew_even_at_temperature_0():
+    model = Model(lambda *_: "问题：1987年《月亮报》讲了什么？")
+    (node,) = grow(model, SHORT, dataclasses.replace(RULES, query_temperature=0))
+    assert [(request.sample, request.temperature) for request in model.asked] == [(0, 0), (1, 0.7), (2, 0.7), (3, 0.7)]
+    assert node.query and "1987" in node.doubt
 
 
 def test_a_question_that_speaks_of_the_text_is_asked_again_alone():
@@ -369,6 +406,14 @@ def test_negatives_come_from_the_three_weaker_prompts_and_stop_after_the_questio
     good = {query.id: (query.root, query.context, query.text) for query in QUERIES}
     assert all(good[pair.id] == (pair.root, pair.context, pair.pos_query) for pair in made)
     assert all(pair.pos_query != pair.neg_query for pair in made)
+
+
+def test_a_worse_question_about_a_short_context_comes_from_the_same_weaker_prompts():
+    root = root_of(SHORT)
+    assert pairs.question_request(PROMPTS, root, SHORT, RULES).messages == PROMPTS.question_messages(SHORT)
+    for weaker in pairs.NEGATIVES.values():
+        request = pairs.question_request(PROMPTS, root, SHORT, RULES, **weaker)
+        assert request.messages == PROMPTS.cst_messages(SHORT, **weaker)
 
 
 def test_a_negative_like_the_good_query_is_asked_for_again_then_thrown_away_and_replaced_from_the_reserve():

@@ -62,6 +62,7 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
         if before[end] - before[first] < rules.min_length:
             return [Node(root.root, pass_number, path, context, None, "too short")]
         draft, told = Draft(root.text, above), -1
+        leaf = end - first == 1 or before[end] - before[first] < rules.leaf_length
 
         def read(reply: str) -> bool:
             nonlocal told
@@ -77,16 +78,17 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
             text_end=prompts.end_of_reply(),
             pattern=prompts.focus_pattern(),
         )
-        asked = await ask_until_parsed(ask, request, rules.tries, read)
-        halves: Sequence[list[Node]] = ()
-        draft.tries = asked.tries
-        if asked.value is None:
-            draft.outcome, draft.detail = "failed" if asked.refused else "not parseable", asked.reason
-        else:
+        if not leaf:
+            asked = await ask_until_parsed(ask, request, rules.tries, read)
+            draft.tries = asked.tries
+            if asked.value is None:
+                draft.outcome, draft.detail = "failed" if asked.refused else "not parseable", asked.reason
+        if draft.outcome == "done":
             end_of_question, pattern = prompts.end_of_question(), prompts.question_pattern()
             alone = dataclasses.replace(request, end=end_of_question, text_end=(), pattern=pattern)
             await draft.improve(ask, prompts, alone, rules.tries)
-        if asked.value and end - first > 1:
+        halves: Sequence[list[Node]] = ()
+        if draft.outcome == "done" and not leaf:
             cut = _cut(before, first, end, told, rules.min_length)
             draft.detail = "" if cut == told else CUT
             above = draft.question

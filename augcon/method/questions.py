@@ -3,10 +3,10 @@
 import dataclasses
 
 from augcon.data import Ask, Node, Outcome, Request
-from augcon.method.ask import ask_until_parsed
+from augcon.method.ask import WARMER, ask_until_parsed
 from augcon.method.diversity import likeness
 from augcon.text.checks import points_at_text, ungrounded
-from augcon.text.parse import Unparseable, parse_question
+from augcon.text.parse import parse_question
 from augcon.text.prompts import Prompts
 
 CUT, COPY = "cut in the middle", "copy of the question above"  # details of a node
@@ -44,16 +44,22 @@ class Draft:
         return f"not in the context: {', '.join(names)}" if names else ""
 
     async def improve(self, ask: Ask, prompts: Prompts, request: Request, most: int) -> None:
-        """Asks for the question alone while something is wrong with it, up to ``most`` replies in all."""
+        """Asks for the question alone while none is there or it has a fault, up to ``most`` replies in all."""
 
-        def read(reply: str) -> None:
+        def read(reply: str) -> bool:
             self.offer(parse_question(reply, prompts))
-            if self.fault:
-                raise Unparseable(self.fault)
+            return True
 
-        if self.fault and 0 < self.tries < most:
-            request = dataclasses.replace(request, sample=request.sample + self.tries)
-            self.tries += (await ask_until_parsed(ask, request, most - self.tries, read)).tries
+        # One reply at a time, as further tries of one request go without its stop strings, and so write the halves.
+        while self.fault and self.tries < most:
+            warm = request.temperature or (WARMER if self.tries else 0)
+            again = dataclasses.replace(request, sample=request.sample + self.tries, temperature=warm)
+            asked = await ask_until_parsed(ask, again, most - self.tries, read)
+            self.tries += asked.tries
+            if asked.value is None:
+                if self.question is None and self.outcome == "done":
+                    self.outcome, self.detail = "failed" if asked.refused else "not parseable", asked.reason
+                break
 
     def node(self, root: int, pass_number: int, path: str, context: str) -> Node:
         """The node. A copy of the question above is left out."""

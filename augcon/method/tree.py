@@ -25,6 +25,7 @@ class TreeRules:
     split: Literal["rewrite", "focus"] = "rewrite"
     bad_split: Literal["end", "cut"] = "end"
     min_length: int = 20
+    leaf_length: int = 40
     rouge_threshold: float = 0.7
     coverage_threshold: float = 0.75
     query_temperature: float = 0.85
@@ -50,6 +51,8 @@ def question_request(
     """Asks for the question about a context of a tree alone; ``weaker`` as in ``Prompts.cst_messages``."""
     if rules.split == "focus":
         messages = focus.messages(prompts, root, context, rules.min_length, **weaker)
+    elif length(context) < rules.leaf_length and not weaker:
+        messages = prompts.question_messages(context)
     else:
         messages = prompts.cst_messages(context, **weaker)
     end, pattern = prompts.end_of_question(), prompts.question_pattern()
@@ -86,8 +89,12 @@ async def grow_tree(
         if part.length < rules.min_length or used_up:
             detail = "share of the root used up" if used_up else ""
             return [Node(root.root, pass_number, path, part.text, None, "too short", detail)]
-        draft, halves = await _ask_about(ask, prompts, part, rules, sample, above)
-        await draft.improve(ask, prompts, question_request(prompts, root, part.text, rules, sample), rules.tries)
+        draft, halves = Draft(part.text, above), list[_Part]()
+        leaf = part.length < rules.leaf_length
+        if not leaf:
+            draft, halves = await _ask_about(ask, prompts, part, rules, sample, above)
+        if leaf or draft.tries:  # else the server has refused
+            await draft.improve(ask, prompts, question_request(prompts, root, part.text, rules, sample), rules.tries)
         total = sum(half.length for half in halves) or 1
         shares = [share * min(half.length / total, _LARGEST_HALF) for half in halves]
         paths, question = (f"{path}1", f"{path}2"), itertools.repeat(draft.question)
