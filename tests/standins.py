@@ -91,11 +91,14 @@ def fake_vllm(folder: Path, longest: int = 32_768) -> Path:
     return folder / "lib"
 
 
-def fake_model(folder: Path, weights: int, **config: object) -> Path:
-    """A model without weights, which only says how large it is, as one of several files does."""
+def fake_model(folder: Path, weights: int | None, **config: object) -> Path:
+    """A model without weights, which only says how large they are, as one of several files does."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": weights}}))
+    index = folder / "model.safetensors.index.json"
+    index.unlink(missing_ok=True)
+    if weights is not None:
+        index.write_text(json.dumps({"metadata": {"total_size": weights}}))
     return folder
 
 

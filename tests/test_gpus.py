@@ -66,7 +66,7 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         monkeypatch.delenv(name, raising=False)
     search = os.environ["PATH"]
 
-    def run(cards: str, weights: int, shape: dict[str, object], *flags: object, **facts: object):
+    def run(cards: str, weights: int | None, shape: dict[str, object], *flags: object, **facts: object):
         number, kind = re.fullmatch(r"(\d+)×(\d+) GB", cards).groups()
         memory, name, link = CARDS[kind]
         gpus = fake_gpus(tmp_path, int(number), **{"total": memory, "name": name, "link": link, **facts})
@@ -186,23 +186,29 @@ def test_a_model_that_cannot_be_split_over_enough_of_these_gpus_needs_larger_one
     assert says_one_line(done, "145.4 GB", "8 × NVIDIA GeForce RTX 4090 of 24 GiB", "take larger ones, or choose a")
 
 
-def test_an_old_driver_is_one_line(dry_run: DryRun):
+def test_an_old_driver_is_one_line_unless_pytorch_can_use_it(
+    dry_run: DryRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     done = dry_run("1×80 GB", *QWEN["7B"], driver="570.86.10")
     assert says_one_line(done, "the NVIDIA driver 570.86.10 is too old", "580 or newer")
+    (tmp_path / "torch.py").write_text("class cuda:\n    init = dict\n")  # not the real PyTorch: it can use any
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert dry_run("1×80 GB", *QWEN["7B"], driver="570.86.10").returncode == 0
 
 
-def test_a_model_of_which_the_shape_is_not_told_is_one_line(dry_run: DryRun):
+def test_a_model_that_does_not_tell_how_large_it_is_is_one_line(dry_run: DryRun):
     shape = config(28, 28, 4, 3584, 18944)
     for missing in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
         done = dry_run("1×80 GB", 1, {name: shape[name] for name in shape if name != missing})
-        assert says_one_line(done, "cannot read the shape of model", "config.json")
+        assert says_one_line(done, "cannot tell how large model", "config.json")
     done = dry_run("1×80 GB", 1, {**shape, "num_attention_heads": "x"})
-    assert says_one_line(done, "cannot read the shape of model", "config.json")
+    assert says_one_line(done, "cannot tell how large model", "config.json")
+    done = dry_run("1×80 GB", None, shape)
+    assert says_one_line(done, "cannot tell how large model", "model.safetensors", "weights as .safetensors")
 
 
 def test_a_model_in_one_file_and_no_gpu(tmp_path: Path, mark: Mark):
-    model = fake_model(tmp_path / "model", 1, **QWEN["7B"][1])
-    (model / "model.safetensors.index.json").unlink()
+    model = fake_model(tmp_path / "model", None, **QWEN["7B"][1])
     (model / "model.safetensors").touch()
     os.truncate(model / "model.safetensors", 70_000_000)
     command = [sys.executable, str(ROOT / "serve.py"), "--dry-run", "--model", str(model), "--", "true"]

@@ -77,8 +77,8 @@ def read_shape(model: Model) -> Shape:
             file = index
             weights = int(json.loads(index.read_text(encoding="utf-8"))["metadata"]["total_size"])
         else:
-            single = "model.safetensors"
-            weights = model.missing.get(single) or (model.folder / single).stat().st_size
+            file = model.folder / "model.safetensors"
+            weights = model.missing.get(file.name) or file.stat().st_size
         single_precision = "float32" in (config.get("dtype"), config.get("torch_dtype"))
         return Shape(
             model.name,
@@ -90,7 +90,10 @@ def read_shape(model: Model) -> Shape:
             config.get("intermediate_size") or 0,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the shape of model {model.name!r} from {file} ({one_line(error)})") from error
+        raise UserError(
+            f"cannot tell how large model {model.name!r} is from {file} ({one_line(error)}); "
+            "a model has a config.json, and its weights as .safetensors"
+        ) from error
 
 
 def spread(shape: Shape, gpus: list[Gpu], linked: bool, wanted: int = 0) -> Layout:
