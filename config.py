@@ -73,12 +73,18 @@ class Settings(BaseSettings):
     quota_unit: int = _cut(35, "length of a root context for each pair wanted of it (paper 4.2)", ge=1)
     language: Literal["auto", "zh", "en"] = _cut("auto", "language of the prompts; auto: that of each root context")
 
-    api_base: str = _server("http://127.0.0.1:8000/v1", "address of the OpenAI API", pattern=r"^https?://\S+$")
+    api_base: str = _server(
+        "http://127.0.0.1:8000/v1",
+        "address of the OpenAI API, or of several servers with the same model, separated by commas",
+        pattern=r"^https?://[^\s,]+(,https?://[^\s,]+)*$",
+    )
     api_key: SecretStr = _server(SecretStr("EMPTY"), "key for the server; never printed or saved")
     api_model: str = _server("", "the server's name for the model; empty: its only one, or the model setting")
     completions: bool = _protocol(False, "use the completions endpoint, for a base model without a chat template")
     structured_output: bool = _protocol(False, "have the server enforce the form of replies, as vLLM can")
-    max_in_flight: int = _server(256, "requests under way at once; vLLM's own default batch", ge=1, le=65536)
+    max_in_flight: int = _server(
+        8192, "most requests under way at once; how many there are follows what the servers can take", ge=1, le=65536
+    )
     request_timeout: float = _server(300, "seconds for one request; 4,096 tokens take about 200", gt=0, le=86400)
     server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 

@@ -135,7 +135,7 @@ async def ask_all(settings: Settings, llm: "LLM", questions: list[str]) -> list[
             progress.update()
 
     with bar(len(questions), "answers", "answers") as progress:
-        return [reply async for _, reply in map_in_order(ask, questions, 2 * settings.max_in_flight)]
+        return [reply async for _, reply in map_in_order(ask, questions, llm.servers.room)]
 
 
 if __name__ == "__main__":

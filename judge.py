@@ -81,7 +81,7 @@ def read_outputs(settings: Settings, results: Results) -> dict[str, list[Pair]]:
 
 async def ask_judge(settings: Settings, llm: "LLM", outputs: Mapping[str, Sequence[Pair]]) -> Judgement:
     """Has every answer graded, and of two folders the answers compared."""
-    rules, window = pick(AnswerRules, settings), 2 * settings.max_in_flight
+    rules, room = pick(AnswerRules, settings), llm.servers.room
     folders = list(outputs.values())
     questions = [pair.question for pair in folders[0]]
     swapped = coins(len(questions), settings.seed)
@@ -100,9 +100,9 @@ async def ask_judge(settings: Settings, llm: "LLM", outputs: Mapping[str, Sequen
             prompts = prompts_for(first.question, settings.language)
             return await compare(ask, prompts, first, second, swapped[place], rules)
 
-        graded = {name: [of async for _, of in map_in_order(grades, pairs, window)] for name, pairs in outputs.items()}
+        graded = {name: [of async for _, of in map_in_order(grades, pairs, room)] for name, pairs in outputs.items()}
         places = range(len(questions)) if len(folders) == 2 else ()
-        better = [each async for _, each in map_in_order(compared, places, window)]
+        better = [each async for _, each in map_in_order(compared, places, room)]
     lost = Counter(each for of in graded.values() for each in of if isinstance(each, str))
     lost.update(each for each in better if isinstance(each, str))
     known = {name: [each if isinstance(each, Grades) else None for each in of] for name, of in graded.items()}

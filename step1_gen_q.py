@@ -103,7 +103,7 @@ async def grow_trees(
             share.fill(share.left)
             return grown
 
-        async for root, grown in map_in_order(fill, roots, 2 * settings.max_in_flight):
+        async for root, grown in map_in_order(fill, roots, llm.servers.room):
             write(root.root, grown.nodes)
             figures.add(grown)
             for query in grown.good_queries:
@@ -127,7 +127,7 @@ async def make_pairs(
         settings.negatives,
         pick(TreeRules, settings),
         settings.seed,
-        2 * settings.max_in_flight,
+        llm.servers.room,
     )
     expected = len(made) * min(settings.negatives, len(sample) // len(made))
     with bar(expected, "scorer pairs", "pairs") as progress:

@@ -102,7 +102,7 @@ async def try_sets(settings: Settings, llm: "LLM", search: Search, progress: "tq
         progress.update(2)
         return graded
 
-    async for trial, graded in map_in_order(attempt, search.trials(), 2 * settings.max_in_flight):
+    async for trial, graded in map_in_order(attempt, search.trials(), llm.servers.room):
         search.graded[trial] = graded
 
 
@@ -121,7 +121,7 @@ async def answer_all(
         progress.update()
         return answered
 
-    answers = [answered async for _, answered in map_in_order(answer, queries, 2 * settings.max_in_flight)]
+    answers = [answered async for _, answered in map_in_order(answer, queries, llm.servers.room)]
     articles = {number: root.article for number, root in roots.items()}
     return list(thin_out(answers, articles, settings.alike_answers)) if settings.alike_answers else answers
 

@@ -162,7 +162,8 @@ class Request:
 
     ``max_tokens`` limits the reply. ``end`` are stop strings, ``text_end`` further ones for the completions endpoint,
     where a model would go on with a turn of its own. ``pattern`` is a regular expression that the reply should
-    match; the server may hold it to that.
+    match; the server may hold it to that. ``root`` is the root context that it is about: earlier ones are asked about
+    first, and requests about the same one go to the same server.
     """
 
     messages: list[Message]
@@ -172,6 +173,7 @@ class Request:
     end: tuple[str, ...] = ()
     text_end: tuple[str, ...] = ()
     pattern: str | None = None
+    root: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,6 +14,11 @@ def bar(total: int, what: str, unit: str) -> "tqdm[None]":
     )
 
 
+def say(line: str) -> None:
+    """Prints a line on standard output without breaking a bar that is there."""
+    tqdm.write(line)
+
+
 class Share:
     """A part of a bar that fills step by step, never beyond ``left`` steps."""
 

@@ -80,10 +80,10 @@ async def typed(client: openai.AsyncOpenAI, request: Request) -> None:
 async def measure(call: Callable[[Request], Awaitable[object]], requests: list[Request]) -> float:
     """Milliseconds of CPU a call, this process alone; some calls to warm up come first."""
     warm = [dataclasses.replace(request, sample=-1 - n) for n, request in enumerate(requests[:100])]
-    async for _ in map_in_order(call, warm, IN_FLIGHT):
+    async for _ in map_in_order(call, warm, lambda: IN_FLIGHT):
         pass
     started = time.process_time()
-    async for _ in map_in_order(call, requests, IN_FLIGHT):
+    async for _ in map_in_order(call, requests, lambda: IN_FLIGHT):
         pass
     return 1000 * (time.process_time() - started) / len(requests)
 

@@ -62,7 +62,7 @@ def ask_with(judge) -> tuple[list[Request], object]:
 
 def grade_all(ask, pairs: list[Pair]) -> list[Grades | str]:
     async def collect() -> list[Grades | str]:
-        return [of async for _, of in map_in_order(lambda pair: grade(ask, ZH, pair, RULES), pairs, 8)]
+        return [of async for _, of in map_in_order(lambda pair: grade(ask, ZH, pair, RULES), pairs, lambda: 8)]
 
     return asyncio.run(collect())
 
@@ -71,7 +71,7 @@ def compare_all(ask, both: list[tuple[Pair, Pair]], seed: int, window: int = 8) 
     swapped = coins(len(both), seed)
 
     async def collect() -> list[int | str]:
-        places = map_in_order(lambda n: compare(ask, ZH, *both[n], swapped[n], RULES), range(len(both)), window)
+        places = map_in_order(lambda n: compare(ask, ZH, *both[n], swapped[n], RULES), range(len(both)), lambda: window)
         return [place async for _, place in places]
 
     return asyncio.run(collect())

@@ -99,24 +99,25 @@ def test_results_come_in_order_whatever_the_timing(store: Store):
         script = lambda body, before: says("re: " + prompt_of(body), after=delays.uniform(0, 0.05))  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=32) as llm:
             prompts = [f"question {n}" for n in range(300)]
-            replies = [reply.text async for _, reply in map_in_order(llm.ask, map(request, prompts), 64)]
+            replies = [reply.text async for _, reply in map_in_order(llm.ask, map(request, prompts), lambda: 64)]
         assert replies == ["re: " + prompt for prompt in prompts]
 
     play(main())
 
 
-def test_256_requests_are_in_flight_and_never_more(store: Store):
+def test_as_many_requests_are_in_flight_as_allowed_and_never_more(store: Store):
     async def main() -> None:
-        async with ScriptedServer(always(says("x", after=0.3))) as server, connected(server, store) as llm:
-            asks = [asyncio.ensure_future(llm.ask(request(f"{n}"))) for n in range(520)]
+        script = always(says("x", after=0.2))
+        async with ScriptedServer(script) as server, connected(server, store, max_in_flight=40) as llm:
+            asks = [asyncio.ensure_future(llm.ask(request(f"{n}"))) for n in range(400)]
             most = 0
             while not all(ask.done() for ask in asks):
                 most = max(most, llm.in_flight)
                 await asyncio.sleep(0.01)
-            assert most == server.most_under_way == 256
+            assert most == server.most_under_way == 40
             assert llm.in_flight == 0
-            assert llm.counts["calls"] == 520
-            assert (llm.counts["prompt tokens"], llm.counts["reply tokens"]) == (520 * 7, 520 * 3)
+            assert llm.counts["calls"] == 400
+            assert (llm.counts["prompt tokens"], llm.counts["reply tokens"]) == (400 * 7, 400 * 3)
 
     play(main())
 
@@ -361,7 +362,7 @@ def test_a_run_in_which_most_requests_are_refused_ends_soon(store: Store, in_fli
         bad = refuses(400, TOO_LONG[0])
         script = lambda body, before: bad if int(prompt_of(body)) % 5 else echo(body, before)  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=in_flight) as llm:
-            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(1000), 2 * in_flight)
+            outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(1000), lambda: 2 * in_flight)
             with pytest.raises(UserError, match=r"refused [\d,]+ of [\d,]+ .*too long.*\).*--max-length") as caught:
                 async for _ in outcomes:
                     pass
@@ -377,7 +378,7 @@ def test_a_run_goes_on_while_most_of_its_requests_end_in_a_reply_or_may_yet(stor
         async with ScriptedServer(script) as server:
             for _ in range(2):  # the second has the refused ones left over
                 async with connected(server, store, max_in_flight=32) as llm:
-                    outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(150), 64)
+                    outcomes = map_in_order(functools.partial(reply_or_refusal, llm), range(150), lambda: 64)
                     ended = [each async for _, each in outcomes]
                 assert sum(isinstance(each, Refused) for each in ended) == 50
             assert llm.counts["replayed"] == 100
@@ -394,7 +395,9 @@ def test_a_run_goes_on_where_the_halves_of_what_is_refused_are_answered(store: S
         bad = refuses(400, TOO_LONG[0])
         script = lambda body, before: bad if "whole" in prompt_of(body) else says("x", after=0.1)  # noqa: E731
         async with ScriptedServer(script) as server, connected(server, store, max_in_flight=32) as llm:
-            halves = [each async for _, each in map_in_order(functools.partial(halved, llm), range(100), 64)]
+            halves = [
+                each async for _, each in map_in_order(functools.partial(halved, llm), range(100), llm.servers.room)
+            ]
         assert halves == [[Reply("x", True)] * 2] * 100
 
     play(main())
@@ -491,7 +494,7 @@ def test_all_requests_succeed_after_an_outage(store: Store):
             await asyncio.sleep(1.2)
             await server.come()
             assert [reply.text for reply in await asyncio.gather(*asks)] == [f"re: {n}" for n in range(200)]
-            assert retries(llm)["connection lost"] >= 16
+            assert retries(llm)["connection lost"] >= 8
 
     play(main())
 
@@ -499,7 +502,7 @@ def test_all_requests_succeed_after_an_outage(store: Store):
 def test_a_server_gone_for_too_long_ends_the_run_and_loses_no_reply(store: Store):
     async def main() -> None:
         async with ScriptedServer(echo) as server, connected(server, store, server_wait=0.4) as llm:
-            replies = map_in_order(llm.ask, (request(f"{n}") for n in itertools.count()), 8)
+            replies = map_in_order(llm.ask, (request(f"{n}") for n in itertools.count()), lambda: 8)
             for _ in range(50):
                 await anext(replies)
             await server.go()
@@ -511,7 +514,8 @@ def test_a_server_gone_for_too_long_ends_the_run_and_loses_no_reply(store: Store
             await server.come()
             async with connected(server, store) as again:
                 replies = [
-                    reply.text async for _, reply in map_in_order(again.ask, (request(f"{n}") for n in range(50)), 8)
+                    reply.text
+                    async for _, reply in map_in_order(again.ask, (request(f"{n}") for n in range(50)), lambda: 8)
                 ]
             assert replies == [f"re: {n}" for n in range(50)] and again.counts["calls"] == 0
 
@@ -821,22 +825,60 @@ def test_the_sampling_of_every_request_is_ours_whatever_the_model_s_own(store: S
 
 def test_map_in_order_keeps_order_and_its_bound_on_infinite_iterables():
     async def main() -> None:
-        begun = ended = most = 0
+        running = most = handed_on = 0
         delays = random.Random(2)
 
         async def work(number: int) -> int:
-            nonlocal begun
-            begun += 1
+            nonlocal running, most
+            running += 1
+            most = max(most, running)
             await asyncio.sleep(delays.uniform(0, 0.003))
+            running -= 1
             return number
 
-        async for item, result in map_in_order(work, itertools.count(), 10):
-            assert item == result == ended
-            ended += 1
-            most = max(most, begun - ended)
-            if ended == 300:
+        async for item, result in map_in_order(work, itertools.count(), lambda: 10):
+            assert item == result == handed_on
+            handed_on += 1
+            if handed_on == 300:
                 break
-        assert 9 <= most <= 10
+        assert most == 10
+
+    play(main())
+
+
+def test_a_slow_item_keeps_none_from_beginning():
+    async def main() -> None:
+        others_done = asyncio.Event()
+        done = 0
+
+        async def work(number: int) -> int:
+            nonlocal done
+            if number == 0:
+                await others_done.wait()
+            done += 1
+            if done == 99:
+                others_done.set()
+            return number
+
+        assert [item async for item, _ in map_in_order(work, range(100), lambda: 4)] == list(range(100))
+
+    play(main())
+
+
+def test_items_begin_as_soon_as_there_is_more_room():
+    async def main() -> None:
+        room, running = 1, 0
+        all_run = asyncio.Event()
+
+        async def work(_: int) -> None:
+            nonlocal room, running
+            running += 1
+            room = 5  # while the first item is under way, and nothing has ended
+            if running == 5:
+                all_run.set()
+            await all_run.wait()
+
+        assert [item async for item, _ in map_in_order(work, range(5), lambda: room)] == list(range(5))
 
     play(main())
 
@@ -866,7 +908,9 @@ def test_the_first_exception_wherever_it_arises_ends_all(place: str):
                 raise ValueError(place)
 
         async def consume() -> None:
-            async with contextlib.aclosing(map_in_order(work, items(), 20 if place != "iterable" else 30)) as results:
+            async with contextlib.aclosing(
+                map_in_order(work, items(), lambda: 20 if place != "iterable" else 30)
+            ) as results:
                 async for _ in results:
                     if place == "consumer":
                         raise ValueError(place)
@@ -893,7 +937,7 @@ def test_a_failure_that_nobody_waits_for_any_more_makes_no_noise():
                 raise ValueError
             return number
 
-        results = map_in_order(work, range(10), 10)
+        results = map_in_order(work, range(10), lambda: 10)
         await anext(results)
         await asyncio.sleep(0.05)  # the others fail while the consumer is busy
         await results.aclose()
@@ -906,6 +950,6 @@ def test_a_failure_that_nobody_waits_for_any_more_makes_no_noise():
 
 def test_nothing_to_map_is_nothing():
     async def main() -> None:
-        assert [result async for result in map_in_order(asyncio.sleep, [], 10)] == []
+        assert [result async for result in map_in_order(asyncio.sleep, [], lambda: 10)] == []
 
     play(main())

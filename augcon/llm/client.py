@@ -6,8 +6,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
-import time
 from collections import Counter
 
 import openai
@@ -17,6 +15,8 @@ from pydantic import SecretStr
 from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.llm import failures
+from augcon.llm.limit import now
+from augcon.llm.servers import Server, Servers, connections
 from augcon.llm.store import Store
 from augcon.text.prompts import as_text
 
@@ -39,14 +39,14 @@ class Endpoint:
     api_key: SecretStr = dataclasses.field(default=SecretStr("EMPTY"))
     completions: bool = False
     structured_output: bool = True
-    max_in_flight: int = 256
+    max_in_flight: int = 8192
     request_timeout: float = 300.0
     server_wait: float = 600.0
     seed: int = 0
 
 
 class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
-    """A model on an OpenAI-compatible server; an async context manager.
+    """A model on OpenAI-compatible servers; an async context manager.
 
     ``counts`` has the calls, the requests that were "replayed" from the store or "shared" a call, the retries by
     kind of failure, and the tokens. ``served`` maps the models served to the folders that vLLM read them from.
@@ -61,53 +61,49 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self.served: dict[str, str] = {}
         self.sampling: dict[str, int] = _SAMPLING
         self.counts: Counter[str] = Counter()
-        self.in_flight = 0
+        addresses = [address for address in endpoint.api_base.split(",") if address.strip()] or [endpoint.api_base]
+        most = max(1, connections(endpoint.max_in_flight) // len(addresses))
+        servers = [Server(address, endpoint.api_key, most, endpoint.request_timeout) for address in addresses]
+        self.servers = Servers(servers, self._probe, endpoint.server_wait)
         self._store = store
-        self._slots = asyncio.Semaphore(endpoint.max_in_flight)
         self._pending: dict[bytes, asyncio.Task[Reply]] = {}
         self._waiting = self._answered = 0
         self._refused: Counter[str] = Counter()  # by reason
-        self._successes = 0
-        self._failing_since: float | None = None  # first failure after the last success
-        self._accepted: set[frozenset[str]] = set()  # sets of parameters that the server has answered
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=endpoint.max_in_flight)
-        loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", endpoint.api_base, re.IGNORECASE)
-        self._client = openai.AsyncOpenAI(
-            base_url=endpoint.api_base,
-            api_key=endpoint.api_key.get_secret_value(),
-            max_retries=0,
-            timeout=endpoint.request_timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),  # no proxy to loopback
-        )
+        self._accepted: set[frozenset[str]] = set()  # sets of parameters that a server has answered
 
-    async def __aexit__(self, *_: object) -> None:
-        await self._client.close()
+    async def __aexit__(self, *error: object) -> None:
+        await self.servers.close()
+
+    @property
+    def in_flight(self) -> int:
+        """The number of requests under way."""
+        return sum(server.under_way for server in self.servers.all)
 
     async def connect(self, model: str, api_model: str = "") -> str:
         """Chooses the model to ask; returns the name under which it is served.
 
         That is ``api_model`` or, if empty, the only model served or else ``model``. Raises UserError when no server
-        answers within PATIENCE seconds, when it refuses the key, or when it does not serve the model.
+        answers within PATIENCE seconds, when one refuses the key, or when one does not serve the model.
         """
-        api_base = self.endpoint.api_base
-        try:
-            async for attempt in stamina.retry_context(failures.NO_ANSWER, attempts=None, timeout=PATIENCE, wait_max=1):
-                with attempt:
-                    async with asyncio.timeout(min(60, self.endpoint.request_timeout)):
-                        models = [model async for model in self._client.models.list()]
-            self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
-            if any(getattr(model, "owned_by", "") == "vllm" for model in models):
-                self.sampling = _VLLM_SAMPLING
-        except failures.NO_ANSWER as error:
+        servers = self.servers.all
+        errors = await asyncio.gather(*(server.find_models(PATIENCE) for server in servers))
+        if error := all(errors) and errors[0]:
             raise UserError(
-                f"no server answered at {api_base} ({failures.describe(error)}); start one with python serve.py, or "
-                "for a single command with python serve.py -- COMMAND, or pass another address with --api-base"
+                f"no server answered at {self.endpoint.api_base} ({failures.describe(error)}); start one with python "
+                "serve.py, or for a single command with python serve.py -- COMMAND, or pass another address with "
+                "--api-base"
             ) from error
-        except (openai.APIError, TypeError, AttributeError, ValueError):
-            pass  # some gateways do not list their models
+        there = [server for server, error in zip(servers, errors, strict=True) if not error]
+        self.served = there[0].served
         self.model = api_model or (next(iter(self.served)) if len(self.served) == 1 else model)
-        if self.served and self.model not in self.served:
-            raise failures.unknown_model(self.model, api_base, self.served)
+        self.sampling = _VLLM_SAMPLING if all(server.is_vllm for server in there) else _SAMPLING
+        for server in there:
+            if server.served and self.model not in server.served:
+                raise failures.unknown_model(self.model, server.api_base, server.served)
+        self.servers.start()
+        for server, error in zip(servers, errors, strict=True):
+            if error:
+                self.servers.leave_out(server, error)
         if not self.served:  # a request for one token shows whether address, key and name are right
             await _Attempts(self, self._body(_PROBE)).reply()
         return self.model
@@ -132,7 +128,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     def _stop_if_most_are_refused(self) -> None:
         refused, (reason, times) = self._refused.total(), self._refused.most_common(1)[0]
         ended = refused + self._answered
-        hopeful = min(self._waiting, 2 * self.endpoint.max_in_flight)  # replies take longer than refusals
+        hopeful = min(self._waiting, self.servers.room())  # replies take longer than refusals
         if refused >= _MANY and 2 * refused > ended + hopeful:
             raise UserError(
                 f"the server refused {refused:,} of {ended:,} requests ({reason}: {times:,}); if they are too long, "
@@ -152,20 +148,15 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             self.counts["replayed"] += 1
             self._accepted.add(frozenset(body))
             return Reply(**json.loads(stored))
-        self._pending[key] = asyncio.create_task(self._ask_and_store(body, key))
+        self._pending[key] = asyncio.create_task(self._ask_and_store(request, body, key))
         try:
             return await self._pending[key]
         finally:
             del self._pending[key]
 
-    async def _ask_and_store(self, body: dict[str, object], key: bytes) -> Reply:
-        async with self._slots:
-            self.in_flight += 1
-            try:
-                reply = await _Attempts(self, body).reply()
-                self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
-            finally:
-                self.in_flight -= 1
+    async def _ask_and_store(self, request: Request, body: dict[str, object], key: bytes) -> Reply:
+        reply = await _Attempts(self, body, request.root).reply()
+        self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
         return reply
 
     def _body(self, request: Request) -> dict[str, object]:
@@ -183,11 +174,11 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             **({"structured_outputs": {"regex": request.pattern}} if pattern else {}),
         }
 
-    async def _call(self, body: dict[str, object]) -> Reply:
+    async def _call(self, server: Server, body: dict[str, object]) -> Reply:
         """One HTTP call. The client's typed methods would spend more time on checking the body than on the call."""
-        self.counts["calls"] += 1
         path = "/completions" if self.endpoint.completions else "/chat/completions"
-        answer = await self._client.post(path, body=body, cast_to=str)
+        started = now()
+        answer = await server.client.post(path, body=body, cast_to=str)
         try:
             response = json.loads(answer)
             choice, usage = response["choices"][0], response.get("usage") or {}
@@ -196,13 +187,18 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
                 raise TypeError
             reply = Reply(text, complete=choice["finish_reason"] not in _CUT_OFF)
             self.counts["prompt tokens"] += usage.get("prompt_tokens") or 0
+            self.counts["cached tokens"] += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             self.counts["reply tokens"] += usage.get("completion_tokens") or 0
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
-        self._successes += 1
-        self._failing_since = None
         self._accepted.add(frozenset(body))
+        server.answered(now() - started, len(text), self.servers.wanted)
         return reply
+
+    async def _probe(self, server: Server) -> None:
+        await server.client.post(
+            "/completions" if self.endpoint.completions else "/chat/completions", body=self._body(_PROBE), cast_to=str
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -211,9 +207,13 @@ class _Attempts:
 
     llm: LLM
     body: dict[str, object]
+    root: int | None = None
     probe: bool = False  # whether to send a harmless request first, to tell a bad request from a bad server
     strikes: int = 0
     successes: float = math.inf  # of all requests, when this one last failed
+    server: Server | None = None  # of the last attempt
+    began: float = 0.0  # when that was
+    seen: int = 0  # successes of that server before it
 
     async def reply(self) -> Reply:
         """The reply, after as many attempts as it takes. Raises Refused or UserError where none can help."""
@@ -221,39 +221,47 @@ class _Attempts:
         return await retrying(self._decide, self._attempt)
 
     async def _attempt(self) -> Reply:
-        async with asyncio.timeout(self.llm.endpoint.request_timeout):
+        async with self.llm.servers.slot(self.root, again=self.server is not None) as self.server:
+            self.seen, self.began = self.server.successes, now()
             if self.probe:
-                await self.llm._call({**self.body, **self.llm._body(_PROBE)})
-            return await self.llm._call(self.body)
+                await self.llm._call(self.server, {**self.body, **self.llm._body(_PROBE)})
+            self.llm.counts["calls"] += 1
+            return await self.llm._call(self.server, self.body)
 
     def _decide(self, error: Exception) -> bool | float:
         """Whether to try again: False, True (after the usual wait) or the seconds to wait."""
         if not isinstance(error, failures.FAILURES):
             return False
-        llm, endpoint = self.llm, self.llm.endpoint
+        llm, server = self.llm, self.server
+        assert server
         accepted = frozenset({*self.body, "max_tokens"}) in llm._accepted
-        final = failures.final(error, accepted, endpoint.api_base, llm.model, llm.served)
+        final = failures.final(error, accepted, server.api_base, llm.model, llm.served)
         if isinstance(final, UserError) and not self.probe:
             self.probe = True  # is it this request that is refused, or all?
             return 0.01
         if final:
-            llm._failing_since = None
+            server.failures, server.failing_since = 0, None
             # What the prompt leaves of the window may do. Without a limit, the completions endpoint gives 16 tokens.
-            if failures.too_long(error) and not endpoint.completions and self.body.pop("max_tokens", None):
+            if failures.too_long(error) and not llm.endpoint.completions and self.body.pop("max_tokens", None):
                 return 0.01
             raise final from error
-        kind, now = failures.kind(error), time.monotonic()
-        llm._failing_since = llm._failing_since or now
-        if now - llm._failing_since > endpoint.server_wait:
-            raise UserError(
-                f"the server at {endpoint.api_base} has not answered for {now - llm._failing_since:.0f} s ({kind}: "
-                f"{failures.describe(error)}); no reply is lost: run the same command again when the server is back"
-            ) from error
-        to_blame = not isinstance(error, openai.RateLimitError)
-        self.strikes += to_blame and llm._successes > self.successes
-        self.probe = to_blame and llm._successes == self.successes
-        self.successes = llm._successes
+        kind = failures.kind(error)
+        llm.counts[f"retries: {kind}"] += 1
+        if isinstance(error, openai.RateLimitError):
+            server.limit.refused(server.under_way)
+            return failures.retry_after(error, llm.endpoint.server_wait) or True
+        if kind == "timeout":
+            if now() - self.began < 0.9 * llm.endpoint.request_timeout:
+                return 0.01  # it was in no queue, and is worth another try: see Server.hurry
+            server.limit.timed_out(server.successes - self.seen, server.under_way)
+        server.failed(self.seen)
+        if not server.up:
+            llm.servers.leave_out(server, error)
+        successes = llm.servers.successes
+        self.strikes += successes > self.successes
+        self.successes = successes
         if self.strikes >= STRIKES - 1:
             raise Refused(f"failed {STRIKES} times ({kind}), while other requests succeeded") from error
-        llm.counts[f"retries: {kind}"] += 1
-        return failures.retry_after(error, endpoint.server_wait) or True
+        if not server.up:
+            return 0.01  # a slot will be had when there is a server again
+        return failures.retry_after(error, llm.endpoint.server_wait) or True

@@ -53,6 +53,11 @@ def final(error: Exception, accepted: bool, api_base: str, model: str, served: d
     return UserError(f"the server at {api_base} refuses all requests of this kind (status {status}): {message}")
 
 
+def out_of_order(error: Exception) -> bool:
+    """Whether a failure is the server's own, and not that of the request or of a limit."""
+    return not isinstance(error, openai.APIStatusError) or error.status_code >= 500
+
+
 def too_long(error: Exception) -> bool:
     """Whether a request failed because it does not fit the model."""
     return isinstance(error, openai.APIStatusError) and (

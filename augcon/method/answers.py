@@ -132,7 +132,7 @@ async def answer_query(
 
     ``context`` is that of the query or a larger one around it.
     """
-    request = _request(prompts, shown, context, query.text, rules, query.context)
+    request = _request(prompts, shown, context, query.text, rules, query.context, query.root)
     within = dataclasses.replace(query, context=context)
     answer = await ask_until_parsed(
         ask, request, rules.answer_tries, lambda reply: parse_answer(reply, within, prompts, shown)
@@ -157,7 +157,13 @@ def thin_out(answers: Iterable[Answer], articles: Mapping[int, int], alike: floa
 
 
 def _request(
-    prompts: Prompts, shown: Sequence[Example], context: str, question: str, rules: AnswerRules, focus: str = ""
+    prompts: Prompts,
+    shown: Sequence[Example],
+    context: str,
+    question: str,
+    rules: AnswerRules,
+    focus: str = "",
+    root: int | None = None,
 ) -> Request:
-    messages = prompts.answer_messages(shown, context, question, focus)
-    return Request(messages, rules.answer_temperature, rules.answer_max_tokens, text_end=prompts.end_of_reply())
+    messages, end = prompts.answer_messages(shown, context, question, focus), prompts.end_of_reply()
+    return Request(messages, rules.answer_temperature, rules.answer_max_tokens, text_end=end, root=root)

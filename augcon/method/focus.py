@@ -77,6 +77,7 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
             sample,
             text_end=prompts.end_of_reply(),
             pattern=prompts.focus_pattern(),
+            root=root.root,
         )
         if not leaf:
             asked = await ask_until_parsed(ask, request, rules.tries, read)

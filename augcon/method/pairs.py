@@ -1,6 +1,5 @@
 """Pairs for the scorer: a query of a tree, and a worse one for the same context (paper section 3.3)."""
 
-import functools
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
@@ -31,36 +30,38 @@ async def make_pairs(
     negatives: int,
     rules: TreeRules,
     seed: int,
-    window: int,
+    room: Callable[[], int],
 ) -> AsyncIterator[ScorerPair | str]:
     """Pairs queries with worse ones, or says why a query makes no pair.
 
     Each kind of negative draws from its third of the queries, in random order, until it has ``negatives`` pairs.
     """
+
+    async def pair(drawn: tuple[str, Query]) -> ScorerPair | str:
+        kind, query = drawn
+        return await _make_pair(ask, prompts_for(query.root), roots[query.root], rules, kind, query)
+
     order = random.Random(seed).sample(queries, len(queries))
     third = len(order) // len(NEGATIVES)
-    for number, kind in enumerate(NEGATIVES):
-        pair = functools.partial(_make_pair, ask, prompts_for, roots, rules, kind)
-        reserve, made = order[number * third : (number + 1) * third], 0
-        while reserve and made < negatives:
-            batch, reserve = reserve[: negatives - made], reserve[negatives - made :]
-            async for _, outcome in map_in_order(pair, batch, window):
-                made += isinstance(outcome, ScorerPair)
-                yield outcome
+    reserve = {kind: order[number * third : (number + 1) * third] for number, kind in enumerate(NEGATIVES)}
+    lacking = dict.fromkeys(NEGATIVES, negatives)
+    while batch := [(kind, query) for kind, number in lacking.items() for query in reserve[kind][:number]]:
+        reserve = {kind: reserve[kind][number:] for kind, number in lacking.items()}
+        async for (kind, _), outcome in map_in_order(pair, batch, room):
+            lacking[kind] -= isinstance(outcome, ScorerPair)
+            yield outcome
 
 
 async def _make_pair(
-    ask: Ask, prompts_for: PromptsFor, roots: Sequence[RootContext], rules: TreeRules, kind: str, query: Query
+    ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, kind: str, query: Query
 ) -> ScorerPair | str:
-    prompts = prompts_for(query.root)
-
     def read(reply: str) -> str:
         worse = parse_question(reply, prompts)
         if likeness(worse, query.text) >= ALIKE:
             raise Unparseable("like the good one")
         return worse
 
-    request = question_request(prompts, roots[query.root], query.context, rules, **NEGATIVES[kind])
+    request = question_request(prompts, root, query.context, rules, **NEGATIVES[kind])
     worse = await ask_until_parsed(ask, request, rules.tries, read)
     if worse.value is None:
         return worse.reason

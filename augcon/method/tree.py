@@ -56,7 +56,9 @@ def question_request(
     else:
         messages = prompts.cst_messages(context, **weaker)
     end, pattern = prompts.end_of_question(), prompts.question_pattern()
-    return Request(messages, rules.query_temperature, rules.query_max_tokens, sample, end, pattern=pattern)
+    return Request(
+        messages, rules.query_temperature, rules.query_max_tokens, sample, end, pattern=pattern, root=root.root
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ async def grow_tree(
         draft, halves = Draft(part.text, above), list[_Part]()
         leaf = part.length < rules.leaf_length
         if not leaf:
-            draft, halves = await _ask_about(ask, prompts, part, rules, sample, above)
+            draft, halves = await _ask_about(ask, prompts, part, root.root, rules, sample, above)
         if leaf or draft.tries:  # else the server has refused
             await draft.improve(ask, prompts, question_request(prompts, root, part.text, rules, sample), rules.tries)
         total = sum(half.length for half in halves) or 1
@@ -105,7 +107,7 @@ async def grow_tree(
 
 
 async def _ask_about(
-    ask: Ask, prompts: Prompts, part: _Part, rules: TreeRules, sample: int, above: str | None
+    ask: Ask, prompts: Prompts, part: _Part, root: int, rules: TreeRules, sample: int, above: str | None
 ) -> tuple[Draft, list[_Part]]:
     """The node in the making, and the halves to go on with.
 
@@ -131,6 +133,7 @@ async def _ask_about(
         sample,
         text_end=prompts.end_of_reply(),
         pattern=prompts.cst_pattern(rules.max_length),
+        root=root,
     )
     asked = await ask_until_parsed(ask, request, rules.tries, read)
     draft.tries = asked.tries

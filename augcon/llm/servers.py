@@ -1,0 +1,285 @@
+"""The servers of a run: which one a request goes to and when, and what is known of each."""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import re
+import resource
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import openai
+import stamina
+from pydantic import SecretStr
+
+from augcon.errors import UserError
+from augcon.llm import failures
+from augcon.llm.limit import Limit, figures, now
+from augcon.progress import say
+
+READING = 0.5  # seconds between two readings of a server's figures
+PROBING = 1.0  # seconds between two probes of a server that does not answer
+_IN_A_ROW = 8  # failures without a reply in between from which a server is taken to be out of order
+_OTHER_FILES = 200  # that a process may have open besides its connections
+_EXPERIENCE = 100  # replies from which on it is known how long one may take
+
+_Waiting = tuple[bool, int, int, asyncio.Future["Server"]]  # first tries last; root context; number
+
+
+def connections(wanted: int) -> int:
+    """How many of the connections wanted the system allows this process, once asked for as many as it can have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return wanted if most == resource.RLIM_INFINITY else max(1, min(wanted, most - _OTHER_FILES))
+
+
+class Server:
+    """One address, with its limit and what is known of it. ``up``: requests may be sent to it."""
+
+    def __init__(self, api_base: str, api_key: SecretStr, most: int, timeout: float) -> None:
+        self.api_base = api_base
+        self.limit = Limit(most, timeout)
+        self.figures: dict[str, float] = {}  # of vLLM, as last read
+        self.first_figures: dict[str, float] = {}
+        self.served: dict[str, str] = {}  # the models, and the folders that vLLM read them from
+        self.is_vllm = False
+        self.up = True
+        self.under_way = self.most_under_way = self.successes = 0
+        self.failures = 0  # since the last success
+        self.failing_since: float | None = None
+        self.waiting: list[_Waiting] = []  # a heap
+        self.first_tries: dict[asyncio.Timeout, float] = {}  # and when they began
+        self._longest = 0.0  # seconds of a reply
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + 2)
+        loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", api_base, re.IGNORECASE)
+        self.client = openai.AsyncOpenAI(
+            base_url=api_base,
+            api_key=api_key.get_secret_value(),
+            max_retries=0,
+            timeout=timeout,
+            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),  # no proxy to loopback
+        )
+
+    async def find_models(self, patience: float) -> Exception | None:
+        """Asks which models there are; returns why there was no answer within ``patience`` seconds, if none came."""
+        try:
+            async for attempt in stamina.retry_context(failures.NO_ANSWER, attempts=None, timeout=patience, wait_max=1):
+                with attempt:
+                    async with asyncio.timeout(min(60, self.limit.timeout)):
+                        models = [model async for model in self.client.models.list()]
+            self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
+            self.is_vllm = any(getattr(model, "owned_by", "") == "vllm" for model in models)
+        except failures.NO_ANSWER as error:
+            return error
+        except (openai.APIError, TypeError, AttributeError, ValueError):
+            pass  # some gateways do not list their models
+        return None
+
+    def answered(self, seconds: float, size: int, wanted: bool) -> None:
+        """Takes a reply of ``size`` characters into account."""
+        self.alive()
+        self._longest = max(self._longest, seconds)
+        self.limit.answered(seconds, size, self.under_way, wanted)
+
+    def alive(self) -> None:
+        """Takes into account that it has answered."""
+        self.successes += 1
+        self.failures, self.failing_since = 0, None
+
+    def failed(self, seen: int) -> None:
+        """Takes the failure of a request into account that was sent after ``seen`` successes."""
+        self.failures += 1
+        self.failing_since = self.failing_since or now()
+        if self.failures >= _IN_A_ROW or self.successes == seen:
+            self.up = False
+
+    def hurry(self) -> None:
+        """Ends first tries that take far longer than any reply so far: they are lost, or will be as soon again."""
+        if self.successes >= _EXPERIENCE:
+            for timeout, began in self.first_tries.items():
+                if now() - began > 1.5 * self._longest:
+                    timeout.reschedule(now())
+
+    async def read_figures(self) -> bool:
+        """Reads the figures of vLLM; says whether there are any."""
+        address = re.sub(r"(/v1)?/?$", "/metrics", self.api_base)
+        try:
+            self.figures = figures(await self.client.with_options(timeout=10).get(address, cast_to=str))
+        except (*failures.FAILURES, ValueError):
+            self.figures = {}
+        self.first_figures = self.first_figures or self.figures
+        return bool(self.figures)
+
+
+class Servers:
+    """All servers of a run, which serve the same model. ``probe`` sends one a harmless request and raises its failure.
+
+    Between ``start`` and ``close``, the limits follow what the servers tell of themselves.
+    """
+
+    def __init__(self, servers: list[Server], probe: Callable[[Server], Awaitable[object]], wait: float) -> None:
+        self.all = servers
+        self._probe, self._wait = probe, wait
+        self._numbers = itertools.count()
+        self._end: UserError | None = None
+        self._readers: list[asyncio.Task[None]] = []
+        self._tasks: dict[Server, asyncio.Task[None]] = {}  # that wait for a server
+
+    def start(self) -> None:
+        """Begins to read the servers' figures."""
+        self._readers = [asyncio.create_task(self._read(server)) for server in self.all]
+        self._readers.append(asyncio.create_task(self._hurry()))
+
+    async def close(self) -> None:
+        """Ends what goes on in the background, and the connections."""
+        tasks = [*self._readers, *self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for server in self.all:
+            await server.client.close()
+
+    @property
+    def successes(self) -> int:
+        """Requests that were answered, by any server."""
+        return sum(server.successes for server in self.all)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether requests wait for a slot."""
+        return any(server.waiting for server in self.all)
+
+    def room(self) -> int:
+        """How many items there should be under way: enough for all slots, and for the next ones."""
+        return 2 * sum(server.limit.value for server in self.all if server.up) or 1
+
+    @contextlib.asynccontextmanager
+    async def slot(self, root: int | None, again: bool) -> AsyncIterator[Server]:
+        """A server to send one request to, in the time for it. It is waited for until one that is up has a slot free.
+
+        Earlier root contexts come first, and what is tried ``again`` before all. All requests about one root context
+        go to one server, whose prefix cache may have its text, unless another server has nothing to do. Raises
+        UserError when no server has answered for too long.
+        """
+        server = await self._take(root, again)
+        try:
+            async with asyncio.timeout(server.limit.timeout) as timeout:
+                if not again:
+                    server.first_tries[timeout] = now()
+                yield server
+        finally:
+            server.first_tries.pop(timeout, None)
+            self._free(server)
+
+    async def _take(self, root: int | None, again: bool) -> Server:
+        if self._end:
+            raise self._end
+        server = self._home(root)
+        if server.up and not server.waiting and server.under_way < server.limit.value:
+            return self._enter(server)
+        waits: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
+        heapq.heappush(server.waiting, (not again, root or 0, next(self._numbers), waits))
+        self.fill()
+        try:
+            return await waits
+        except asyncio.CancelledError:
+            if waits.done() and not waits.cancelled() and not waits.exception():
+                self._free(waits.result())
+            raise
+
+    def _free(self, server: Server) -> None:
+        server.under_way -= 1
+        self.fill()
+
+    def fill(self) -> None:
+        """Gives free slots to those who wait, of a server without any to those who wait for another."""
+        for server in self.all:
+            while server.up and server.under_way < server.limit.value:
+                queue = server.waiting or max((other.waiting for other in self.all), key=len)
+                if not queue:
+                    break
+                waits = heapq.heappop(queue)[-1]
+                if not waits.done():
+                    waits.set_result(self._enter(server))
+
+    def _enter(self, server: Server) -> Server:
+        server.under_way += 1
+        server.most_under_way = max(server.most_under_way, server.under_way)
+        return server
+
+    def _home(self, root: int | None) -> Server:
+        if len(self.all) == 1:
+            return self.all[0]
+        up = [server for server in self.all if server.up] or self.all
+        if root is None:
+            return min(up, key=lambda server: (server.under_way + len(server.waiting)) / server.limit.value)
+        return max(up, key=lambda server: zlib.crc32(f"{root} {server.api_base}".encode()))
+
+    async def _read(self, server: Server) -> None:
+        """Reads the figures of a server again and again, if it has any, and lets the limit follow them."""
+        while await server.read_figures() or server.first_figures:
+            server.limit.follow(server.figures, server.under_way, self.wanted)
+            self.fill()
+            await asyncio.sleep(READING)
+
+    async def _hurry(self) -> None:
+        """Where nobody waits for a slot, all that is left is under way, and what is lost is better sent again soon."""
+        while True:
+            await asyncio.sleep(READING)
+            if not self.wanted:
+                for server in self.all:
+                    server.hurry()
+
+    # Servers that are not there
+
+    def leave_out(self, server: Server, error: Exception) -> None:
+        """Sends nothing to a server that has failed until a probe has found it in order. Raises as ``slot``."""
+        server.up = False
+        waiting, server.waiting = server.waiting, []
+        for again, root, number, waits in waiting:
+            heapq.heappush(self._home(root).waiting, (again, root, number, waits))
+        if server not in self._tasks:
+            self._tasks[server] = asyncio.create_task(self._wait_for(server, error))
+        self.fill()
+
+    async def _wait_for(self, server: Server, error: Exception) -> None:
+        since, said = server.failing_since or now(), False
+        try:
+            while not await self._is_there(server):
+                out = now() - since
+                if out >= self._wait and not any(each.up for each in self.all):
+                    self._give_up(server, out, error)
+                    return
+                if not said:
+                    said = True
+                    others = "the others go on" if any(each.up for each in self.all) else f"waiting {self._wait:.0f} s"
+                    say(f"server:  {server.api_base} does not answer ({failures.describe(error)}); {others}")
+                await asyncio.sleep(min(PROBING, self._wait - out) if out < self._wait else PROBING)
+            if said:
+                say(f"server:  {server.api_base} answers again after {now() - since:.0f} s")
+            server.up = True
+        finally:
+            del self._tasks[server]
+        self.fill()
+
+    async def _is_there(self, server: Server) -> bool:
+        try:
+            async with asyncio.timeout(server.limit.timeout):
+                await self._probe(server)
+        except failures.FAILURES as error:
+            if failures.out_of_order(error):
+                return False
+        server.alive()
+        return True
+
+    def _give_up(self, server: Server, seconds: float, error: Exception) -> None:
+        self._end = UserError(
+            f"the server at {server.api_base} has not answered for {seconds:.0f} s ({failures.kind(error)}: "
+            f"{failures.describe(error)}); no reply is lost: run the same command again when the server is back"
+        )
+        for each in self.all:
+            for *_, waits in each.waiting:
+                if not waits.done():
+                    waits.set_exception(self._end)
+            each.waiting = []
