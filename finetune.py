@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,13 +114,13 @@ def how_loaded(settings: Settings, base: Path) -> "TrainedWith":
     from augcon.train.adapters import TrainedWith
 
     quantize = settings.quantize
-    if quantize == "auto":
-        card, room = training.gpu_memory(settings.gpu_memory), settings.max_tokens
-        quantize = memory.choose_quantization(memory.shape_of(base), card, room) if training.can_bf16() else "none"
+    if quantize == "auto" and training.can_bf16():
+        card = training.gpu_memory(settings.gpu_memory)
+        quantize = memory.choose_quantization(memory.shape_of(base), card, settings.max_tokens)
     return TrainedWith(
         base=str(base.resolve()) if base == Path(settings.model) else settings.model,
         weights=training.weights_digest(base),
-        quantize=quantize,
+        quantize="nf4" if quantize == "nf4" else "none",
         dtype="bfloat16" if training.can_bf16() else "float32",
     )
 
@@ -197,17 +198,17 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
     quantize = inputs.trained_with.quantize
     model = sft.load_model(inputs.base, quantize, inputs.trained_with.base, settings.seed)
 
-    def keeps(tokens: int) -> bool:
-        if not training.can_bf16():
-            return training.device().type == "cpu"
+    kept = 0 if training.device().type == "cuda" else math.inf
+    if training.can_bf16():
         shape, card = memory.shape_of(inputs.base), training.gpu_memory(settings.gpu_memory)
-        keep, words = memory.plan(shape, quantize, card, tokens)
-        print_main(f"memory:  {words}")
-        return keep
-
+        kept = memory.most_kept(shape, quantize, card)
+        print_main(
+            f"memory:  weights and adapter take about {memory.estimate(shape, quantize, 0, keep=True) / 2**30:.0f} of "
+            f"{card / 2**30:.0f} GiB by estimate; passes of up to {kept:,} tokens keep their activations"
+        )
     tokenizer, rules = training.load_tokenizer(str(inputs.base)), pick(TrainingRules, settings)
     examples, held_out = (Dataset.from_file(str(file)) for file in inputs.files)
-    log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints, settings.max_tokens, keeps)
+    log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints, settings.max_tokens, kept)
     print_main(f"trained: {words}")
     on_main(lambda: save(output, inputs, model, log))
 

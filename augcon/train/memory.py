@@ -47,6 +47,7 @@ def shape_of(base: Path) -> Shape:
         config = transformers.AutoConfig.from_pretrained(base)
         with init_empty_weights():
             model = transformers.AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{base} is not a model that can be trained: {one_line(error)}") from error
     head, text = model.get_output_embeddings(), config.get_text_config()
@@ -70,20 +71,16 @@ def estimate(shape: Shape, quantize: Literal["nf4", "none"], tokens: int, keep: 
     return round(weights + adapter + tokens * token)
 
 
-def fits(needed: int, card: int) -> bool:
-    """Whether so many bytes fit on a GPU of ``card`` bytes, with room for what is not in the estimate."""
-    return needed <= _USABLE * card - _RESERVED
+def room(card: int) -> float:
+    """The bytes of a GPU of ``card`` bytes that may be planned for."""
+    return _USABLE * card - _RESERVED
 
 
 def choose_quantization(shape: Shape, card: int, tokens: int) -> Literal["nf4", "none"]:
     """4 bits only where 16 do not fit (even with gradient checkpointing): taking weights out of NF4 costs time."""
-    return "none" if fits(estimate(shape, "none", tokens, keep=False), card) else "nf4"
+    return "none" if estimate(shape, "none", tokens, keep=False) <= room(card) else "nf4"
 
 
-def plan(shape: Shape, quantize: Literal["nf4", "none"], card: int, tokens: int) -> tuple[bool, str]:
-    """Whether to keep the activations of all layers, which saves a third of the work, and the estimate in words."""
-    keep = fits(estimate(shape, quantize, tokens, keep=True), card)
-    needed = estimate(shape, quantize, tokens, keep)
-    words = f"about {needed / GIB:.0f} of {card / GIB:.0f} GiB by estimate, with activations "
-    words += "kept" if keep else "computed again in the backward pass"
-    return keep, words if fits(needed, card) else words + "; it may not fit: lower --max-tokens, or use a smaller model"
+def most_kept(shape: Shape, quantize: Literal["nf4", "none"], card: int) -> int:
+    """The tokens of the largest pass whose activations can be kept, which saves a third of the work."""
+    return max(0, int((room(card) - estimate(shape, quantize, 0, keep=True)) / (_KEPT * shape.edges)))

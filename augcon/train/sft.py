@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +113,24 @@ def lay_out(examples: datasets.Dataset, packed: bool, rules: loop.TrainingRules,
     room = max(2, math.ceil(step / passes))
     on_main(lambda: pack(examples, room, rules.seed).save_to_disk(folder))
     rows = datasets.load_from_disk(folder)
+    if passes > 1:  # as many as hold the pairs of a step, for packs are never quite full
+        passes = max(1, round(rules.batch * len(rows) / len(examples)))
     full = total / sum(max(room, sum(parts)) for parts in rows["seq_lengths"])
     words = f"{len(examples):,} pairs in {len(rows):,} packs of at most {room:,} tokens, longer pairs alone, "
     words += f"{full:.0%} full" + (f"; {passes} packs a step" if passes > 1 else "")
     return Layout(rows, True, 1, passes, max(room, longest), words)
+
+
+class _Trainer(SFTTrainer):
+    """Checkpoints the gradients of large passes only: of more than ``kept`` tokens."""
+
+    kept: float
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *rest: Any, **more: Any) -> torch.Tensor:
+        for layer in model.modules():  # which look at this in every pass
+            if hasattr(layer, "gradient_checkpointing"):
+                layer.gradient_checkpointing = inputs["input_ids"].numel() > self.kept
+        return super().training_step(model, inputs, *rest, **more)
 
 
 def tune(
@@ -127,13 +141,13 @@ def tune(
     rules: loop.TrainingRules,
     checkpoints: Path,
     most: int,
-    keeps: Callable[[int], bool] = lambda tokens: not torch.cuda.is_available(),
+    kept: float,
 ) -> tuple[list[dict[str, Any]], str]:
     """Trains the adapter in place, from the last of the ``checkpoints`` on; returns the losses, and figures in words.
 
     ``examples`` and ``held_out`` have the columns of ``as_columns``. A step of more than ``most`` tokens is divided
-    into passes whose gradients are summed up. ``keeps`` says whether there is memory for the activations of so many
-    tokens. Raises UserError when the training does not fit in memory or diverges.
+    into passes whose gradients are summed up. A pass of more than ``kept`` tokens computes its activations again in the
+    backward pass, which takes less memory. Raises UserError when the training does not fit in memory or diverges.
     """
     datasets.disable_progress_bars()
     layout = lay_out(examples, stays_apart(model), rules, most, checkpoints / ENCODED / "packs")
@@ -141,7 +155,7 @@ def tune(
     last = on_main(lambda: loop.last_checkpoint(checkpoints))
     arguments = loop.training_arguments(checkpoints, dataclasses.replace(rules, batch=layout.side), steps) | {
         "gradient_accumulation_steps": layout.passes,
-        "gradient_checkpointing": not keeps(layout.largest),
+        "gradient_checkpointing": layout.largest > kept,
         "max_length": layout.largest,
         "packing": layout.packed,
         "eval_packing": False,
@@ -152,13 +166,14 @@ def tune(
         "eval_strategy": "epoch" if len(held_out) else "no",
         "eval_on_start": bool(len(held_out)) and not last,
     }
-    trainer = SFTTrainer(
+    trainer = _Trainer(
         model,
         SFTConfig(**arguments),
         train_dataset=layout.rows,
         eval_dataset=held_out.remove_columns("length") if len(held_out) else None,
         processing_class=tokenizer,
     )
+    trainer.kept = kept
     if not can_bf16():  # SFTTrainer makes a QLoRA adapter bf16, but DeepSpeed keeps no fp32 copy here
         for weights in model.parameters():
             weights.data = weights.data.float() if weights.requires_grad else weights.data
