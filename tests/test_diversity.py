@@ -160,6 +160,12 @@ def test_every_query_has_its_fate_and_the_place_of_one_swept_goes_to_the_next_in
     )
 
 
+def test_the_sweep_leaves_alone_what_one_root_context_keeps():
+    queries = [("alpha beta gamma delta eta", 2.0), ("alpha beta one two three", 1.0)]
+    assert chosen([queries], [2], 0.9, 0.3) == [([0, 1], ["kept", "kept"])]
+    assert chosen([[query] for query in queries], [1, 1], 0.9, 0.3)[1] == ([], ["alike elsewhere"])
+
+
 def test_of_two_queries_alike_the_better_one_stays_whichever_root_context_comes_first():
     queries = [[("面包店早上几点开门？", 1.0)], [("面包店早上几点开门呢？", 2.0)]]
     assert [kept for kept, _ in chosen(queries, [1, 1], 0.7, 0.7)] == [[], [0]]
