@@ -235,7 +235,7 @@ def plan(kept: KeptScores, encoder: ScorerEncoder, texts: Iterable[tuple[str, Te
     return [
         number
         for number, (rows, places) in enumerate(kept.batches(TOKENS_IN_BATCH))
-        if any(name not in scores for name in rows[places]["key"])
+        if any(name not in scores for name in rows.select_columns(["key"])[places]["key"])
     ]
 
 
