@@ -9,6 +9,7 @@ and with --pairs a seeded sample of the pairs, unselected.
 
 import argparse
 import asyncio
+import dataclasses
 import itertools
 import os
 import random
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--roots", type=int, default=10, help="root contexts of each language")
     parser.add_argument("--max-length", type=int, default=300)
     parser.add_argument("--passes", type=int, default=1)
+    parser.add_argument("--leaf-length", type=int, default=TreeRules.leaf_length)
     parser.add_argument("--answers", type=int, default=30, help="queries to answer of each language")
     parser.add_argument("--in-flight", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=0, help="pairs to print")
@@ -108,7 +110,7 @@ async def figures(
     llm: LLM, of: str, roots: list[RootContext], rules: TreeRules, tokens: CountTokens, options: argparse.Namespace
 ) -> dict[str, str]:
     """The figures of one way to split, by their names."""
-    rules = TreeRules(**{**vars(rules), "max_passes": options.passes})
+    rules = dataclasses.replace(rules, max_passes=options.passes, leaf_length=options.leaf_length)
     prompts, parsed = prompts_for(roots[0].text, "auto"), Counter[bool]()
     written: list[str] = []
 
@@ -126,7 +128,7 @@ async def figures(
     async def fill(root: RootContext) -> Grown:
         return await fill_root(ask, prompts, root, rules)
 
-    grown = [tree async for _, tree in map_in_order(fill, roots, 2 * options.in_flight)]
+    grown = [tree async for _, tree in map_in_order(fill, roots, llm.servers.room)]
     tree_tokens = tokens(written)
     nodes = [node for tree in grown for node in tree.nodes]
     asked = [node for node in nodes if node.outcome != "too short"]
@@ -186,7 +188,7 @@ async def answer(
             llm.ask, prompts, search.shown(0), query, root.text.strip(), AnswerRules(answer_max_tokens=1024)
         )
 
-    answers = [answered async for _, answered in map_in_order(one, queries, 2 * options.in_flight)]
+    answers = [answered async for _, answered in map_in_order(one, queries, llm.servers.room)]
     return list(thin_out(answers, {number: root.article for number, root in roots.items()}, 0.9))
 
 
