@@ -53,8 +53,7 @@ def read_roots(rules: CorpusRules, skipped: Counter[str], results: Results | Non
 
     Those that ``results`` already has of this very corpus are taken from there.
     """
-    facts = results.record.done_with(_CUT, rules.cut_from()) if results else None
-    if results and facts and results.contexts.exists() and file_digest(results.contexts) == facts["contexts"]:
+    if results and (facts := _already_cut(results, rules.cut_from())):
         skipped.update(facts["skipped"])
         return results.read_contexts()
     articles = texts(read_column(corpus_path(rules.corpus), rules.text_field), skipped)
@@ -66,10 +65,17 @@ def read_roots(rules: CorpusRules, skipped: Counter[str], results: Results | Non
 
 def keep_roots(results: Results, cut_from: Inputs, roots: Sequence[RootContext], skipped: Counter[str]) -> None:
     """Leaves root contexts for the next ``read_roots``; ``cut_from`` is as it was before the corpus was read."""
-    write_lines(results.contexts, map(dataclasses.asdict, roots))
-    if cut_from:
+    if cut_from and not _already_cut(results, cut_from):
+        write_lines(results.contexts, map(dataclasses.asdict, roots))
         results.record.begin(_CUT, cut_from, (), redo=True)
         results.record.finish(_CUT, contexts=file_digest(results.contexts), skipped=dict(skipped))
+
+
+def _already_cut(results: Results, cut_from: Inputs) -> dict[str, Any] | None:
+    """What is on record of the root contexts that are there, if they were cut from this and stayed as they were."""
+    facts = results.record.done_with(_CUT, cut_from)
+    there = facts and results.contexts.exists() and file_digest(results.contexts) == facts["contexts"]
+    return facts if there else None
 
 
 def corpus_path(corpus: str) -> str:

@@ -77,7 +77,7 @@ class Results:
         """Makes the folder and keeps other runs out of it. Raises UserError when that cannot be done."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
+            lock = (self.folder / ".lock").open("a")
         except OSError as error:
             raise UserError(f"cannot write to the results folder {self.folder}: {one_line(error)}") from error
         with lock:
