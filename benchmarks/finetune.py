@@ -1,7 +1,9 @@
-"""Tokens a second and peak memory of QLoRA fine-tuning, beside SFTTrainer as it comes (no packing) on the same machine.
+"""Tokens a second and peak memory of LoRA fine-tuning, beside SFTTrainer with its defaults, on the same machine.
 
-Random weights in NF4 of the shape of a published model, random pairs of about 250 tokens of very different length,
-the same number of pairs a step. Without a GPU only the tiny shape can run, and its figures say little.
+Random weights of the shape of a published model, random pairs of about 250 tokens of very different length, padding not
+counted. Both learn from the same number of pairs a step, with the same adapter, quantised or not as AugCon chooses for
+the GPU. SFTTrainer's defaults: no packing, gradient checkpointing. Without a GPU only the small shape can be run, which
+shows the gain of packs and of kept activations, but not the speed of a GPU.
 
     python benchmarks/finetune.py --shape qwen2.5-7b
     python benchmarks/finetune.py --shape qwen1.5-32b --pairs 128
@@ -9,12 +11,15 @@ the same number of pairs a step. Without a GPU only the tiny shape can run, and 
 
 import argparse
 import json
+import math
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from accelerate import init_empty_weights
@@ -25,87 +30,110 @@ from trl import SFTConfig, SFTTrainer
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
 from augcon.train import base as training  # noqa: E402
-from augcon.train import loop  # noqa: E402
+from augcon.train import loop, memory  # noqa: E402
 from augcon.train import sft as tuning  # noqa: E402
 from augcon.train.chat import IGNORED, TrainingExample  # noqa: E402
 
 SHAPES = {  # width, inner width, layers, heads, key and value heads, words
     "qwen1.5-32b": (5120, 27392, 64, 40, 8, 152064),
     "qwen2.5-7b": (3584, 18944, 28, 28, 4, 152064),
-    "tiny": (128, 256, 2, 4, 2, 2000),
+    "small": (384, 1024, 8, 6, 2, 8000),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    default = "qwen2.5-7b" if torch.cuda.is_available() else "tiny"
+    default = "qwen2.5-7b" if torch.cuda.is_available() else "small"
     parser.add_argument("--shape", choices=SHAPES, default=default)
-    parser.add_argument("--pairs", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=8, help="pairs a step; 8 is SFTTrainer's default")
+    parser.add_argument("--pairs", type=int, default=256 if torch.cuda.is_available() else 24)
+    parser.add_argument("--batch", type=int, default=4, help="pairs a step; 4 is the paper's, 8 SFTTrainer's default")
+    parser.add_argument("--times", type=int, default=3, help="runs, of which the median counts")
     parser.add_argument("--only", choices=["augcon", "plain"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(measure(options.only, options.shape, options.pairs, options.batch)))
         return
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU, no GPU at hand"
-    print(f"{options.shape}, NF4, {options.pairs} pairs, {options.batch} a step; {machine}\n")
-    print("| | tokens/s | of the first | peak memory |\n|---|---|---|---|")
-    first = None
-    for which, name in (("plain", "SFTTrainer as it comes, no packing"), ("augcon", "AugCon")):
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", which]  # each in a process of its own
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        speed, memory = json.loads(done.stdout.splitlines()[-1])
-        first = first or speed
-        print(f"| {name} | {speed:,.0f} | {speed / first:.2f} | {memory.partition('peak ')[2]} |", flush=True)
+    print(f"{options.shape}, {options.pairs} pairs, {options.batch} a step; {machine}\n")
+    print("| | tokens/s | of the first | peak memory, GiB | of the first |\n|---|---|---|---|---|")
+    runs: dict[str, list[tuple[float, float]]] = {"plain": [], "augcon": []}
+    for _ in range(options.times):
+        for which, figures in runs.items():  # in turn, each in a process of its own
+            command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            figures.append(json.loads(done.stdout.splitlines()[-1]))
+    medians = {which: [statistics.median(column) for column in zip(*runs[which], strict=True)] for which in runs}
+    first = medians["plain"]
+    for which, name in (("plain", "SFTTrainer's defaults"), ("augcon", "AugCon")):
+        speed, peak = medians[which]
+        print(f"| {name} | {speed:,.0f} | {speed / first[0]:.2f} | {peak:.2f} | {peak / first[1]:.2f} |")
 
 
-def measure(which: str, shape: str, number: int, batch: int) -> tuple[float, str]:
-    """Tokens a second, padding not counted, and the peak memory in words."""
+def measure(which: str, shape: str, number: int, batch: int) -> tuple[float, float]:
+    """Tokens a second, padding not counted, and the peak memory in GiB."""
     if which == "augcon":
         training.start_processes()
     transformers.set_seed(0)
-    model = tuning.get_peft_model(random_nf4(shape), training.lora("CAUSAL_LM"))
-    tokenizer = tiny_tokenizer()
-    examples = random_pairs(number, SHAPES[shape][-1])
     with tempfile.TemporaryDirectory() as folder:
+        base, kept = Path(folder) / "base", math.inf
+        config_of(shape).save_pretrained(base)
+        quantize = "none"
+        if torch.cuda.is_available():
+            card, sizes = training.gpu_memory(0), memory.shape_of(base)
+            quantize = memory.choose_quantization(sizes, card, 4096)
+            kept = memory.most_kept(sizes, quantize, card)
+        model = tuning.get_peft_model(random_model(shape, quantize), training.lora("CAUSAL_LM"))
+        tokenizer = tiny_tokenizer()
+        examples = datasets.Dataset.from_dict(tuning.as_columns(random_pairs(number, SHAPES[shape][-1])))
+        total = sum(examples["length"])
         if which == "augcon":
             rules = loop.TrainingRules(epochs=1, batch=batch)
-            _, words = tuning.tune(model, tokenizer, examples, [], rules, Path(folder) / "ckpts")
-            speed = words.partition(" tokens/s")[0].rpartition(" ")[2]
-            return float(speed.replace(",", "")), loop.peak_memory()
-        config = SFTConfig(
-            folder,
-            num_train_epochs=1,
-            per_device_train_batch_size=batch,
-            bf16=training.can_bf16(),
-            use_cpu=not torch.cuda.is_available(),
-            report_to="none",
-            save_strategy="no",
-            disable_tqdm=True,
-        )
-        rows = tuning.as_dataset(examples)
-        trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
-        seconds = trainer.train().metrics["train_runtime"]
-        return sum(len(example.input_ids) for example in examples) / seconds, loop.peak_memory()
+            none = examples.select([])
+            _, words = tuning.tune(model, tokenizer, examples, none, rules, Path(folder) / "ckpts", 4096, kept)
+            speed = float(words.partition(" tokens/s")[0].rpartition(" ")[2].replace(",", ""))
+        else:
+            config = SFTConfig(
+                folder,
+                num_train_epochs=1,
+                per_device_train_batch_size=batch,
+                bf16=training.can_bf16(),
+                use_cpu=not torch.cuda.is_available(),
+                report_to="none",
+                save_strategy="no",
+                disable_tqdm=True,
+            )
+            rows = examples.remove_columns("length")
+            trainer = SFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+            speed = total / trainer.train().metrics["train_runtime"]
+    return speed, float(loop.peak_memory().partition("memory ")[2].split()[0])
 
 
-def random_nf4(shape: str) -> transformers.PreTrainedModel:
-    """A model of random weights, each layer quantised as it is made: never whole in 16 bits."""
+def config_of(shape: str) -> transformers.Qwen2Config:
+    """The settings of a model of the shape."""
     width, inner, layers, heads, kv_heads, words = SHAPES[shape]
-    config = transformers.Qwen2Config(
+    return transformers.Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
         vocab_size=words,
         hidden_size=width,
         intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
+        tie_word_embeddings=False,
         use_cache=False,
     )
+
+
+def random_model(shape: str, quantize: str) -> transformers.PreTrainedModel:
+    """A model of random weights, each layer quantised as it is made: never whole in 16 bits where that is asked."""
     dtype = torch.bfloat16 if training.can_bf16() else torch.float32
-    quantization = training.quantization("nf4")
     with init_empty_weights(include_buffers=False):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model = replace_with_bnb_linear(model, ["lm_head"], quantization)
+        model = transformers.AutoModelForCausalLM.from_config(config_of(shape), dtype=dtype)
+    if quantize == "nf4":
+        quantization = training.quantization("nf4")
+        model = replace_with_bnb_linear(model, ["lm_head"], quantization)
+        model.is_loaded_in_4bit = True
+        model.config.quantization_config = quantization
     for module in model.modules():
         for name, empty in list(module.named_parameters(recurse=False)):
             made = torch.randn(empty.shape, dtype=dtype, device=training.device()) * 0.02
@@ -114,8 +142,6 @@ def random_nf4(shape: str) -> transformers.PreTrainedModel:
             else:
                 made = torch.nn.Parameter(made + (1 if "norm" in type(module).__name__.lower() else 0))
             setattr(module, name, made.requires_grad_(False))
-    model.is_loaded_in_4bit = True
-    model.config.quantization_config = quantization
     return training.with_gradients(model.to(training.device()))
 
 
