@@ -186,7 +186,7 @@ def choose(settings: Settings, results: Results, roots: list[RootContext], score
     candidates = []
     for root, (_, queries) in zip(roots, results.each_root(results.queries), strict=True):
         values = array("d", (scores.get(key(query), 0.0) for query in queries))
-        candidates.append(Candidates.of(root.quota, (query.text for query in queries), values))
+        candidates.append(Candidates(root.quota, [query.text for query in queries], values))
     chosen = rank_and_filter(candidates, settings.rouge_threshold, settings.sweep_threshold)
     counts: Counter[str] = Counter()
     short: list[Short] = []

@@ -51,7 +51,7 @@ def main() -> None:
 def chosen(roots: list[list[str]], sweep_threshold: float = 0) -> tuple[list[list[int]], float]:
     """What AugCon keeps of each root context, in the order given, and the seconds that it takes."""
     started = time.perf_counter()
-    candidates = [Candidates.of(QUOTA, queries, [0.0] * len(queries)) for queries in roots]
+    candidates = [Candidates(QUOTA, queries, [0.0] * len(queries)) for queries in roots]
     kept = [places for places, _ in rank_and_filter(candidates, THRESHOLD, sweep_threshold)]
     return kept, time.perf_counter() - started
 

@@ -171,7 +171,7 @@ def keep(tree: Grown) -> list[Query]:
     """The queries that step 2 keeps where all scores are equal."""
     queries = [query for node in tree.nodes for query in node.queries]
     texts, scores = [query.text for query in queries], [0.0] * len(queries)
-    [(places, _)] = rank_and_filter([Candidates.of(tree.root.quota, texts, scores)], 0.7)
+    [(places, _)] = rank_and_filter([Candidates(tree.root.quota, texts, scores)], 0.7)
     return [queries[place] for place in places]
 
 

@@ -94,7 +94,7 @@ CORPUS = st.lists(st.lists(st.tuples(CHINESE | LONGER | st.text(st.sampled_from(
 def chosen(corpus: list[list[tuple[str, float]]], quotas: list[int], threshold: float, sweep: float) -> list:
     """Queries with their scores by root context → what is kept of each root context, and the fates."""
     roots = [
-        Candidates.of(quota, [text for text, _ in queries], [score for _, score in queries])
+        Candidates(quota, [text for text, _ in queries], [score for _, score in queries])
         for quota, queries in zip(quotas, corpus, strict=True)
     ]
     return list(rank_and_filter(roots, threshold, sweep))

@@ -140,15 +140,11 @@ class Sweep:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Candidates:
-    """The queries of a root context, cut to words, with their scores; ``quota`` is how many are wanted."""
+    """The queries of a root context and their scores; ``quota`` is how many are wanted."""
 
     quota: int
-    cuts: list[str]
+    queries: Sequence[str]
     scores: Sequence[float]
-
-    @classmethod
-    def of(cls, quota: int, queries: Iterable[str], scores: Sequence[float]) -> "Candidates":
-        return cls(quota, list(map(_cut, queries)), scores)
 
 
 def rank_and_filter(
@@ -166,14 +162,13 @@ def rank_and_filter(
     sweep = Sweep(sweep_threshold) if sweep_threshold else None
     kept: list[list[int]] = [[] for _ in roots]
     kept_cuts: list[list[str]] = [[] for _ in roots]
-    fates: list[list[Fate]] = [["over quota"] * len(root.cuts) for root in roots]
+    fates: list[list[Fate]] = [["over quota"] * len(root.queries) for root in roots]
     ranked = [(-score, number, place) for number, root in enumerate(roots) for place, score in enumerate(root.scores)]
     ranked.sort()
     for _, number, place in ranked:
-        root = roots[number]
-        cut = root.cuts[place]
-        if len(kept[number]) == root.quota:
+        if len(kept[number]) == roots[number].quota:
             continue
+        cut = _cut(roots[number].queries[place])  # which takes the most time, so not of all
         if not _is_diverse(cut, kept_cuts[number], threshold):
             fates[number][place] = "alike"
         elif sweep and sweep.has_like_cut(cut, number):
