@@ -1,5 +1,6 @@
 """The estimate of GPU memory, against what autograd keeps and what published models are; no GPU is needed for that."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -7,10 +8,15 @@ import pytest
 import torch
 import transformers
 
+import finetune
+from augcon.data import Pair
 from augcon.errors import UserError
+from augcon.files import digest
+from augcon.train import base as training
 from augcon.train import memory
 from augcon.train import sft as tuning
 from augcon.train.base import load_base, lora
+from config import Settings
 
 torch.set_num_threads(1)
 
@@ -117,3 +123,27 @@ def test_the_activations_of_passes_are_kept_as_far_as_they_fit():
         for tokens in (kept, kept + 1):
             fits = memory.estimate(model, quantize, tokens, keep=True) <= memory.room(card)
             assert fits == (tokens == kept > 0)
+
+
+def test_the_base_is_quantised_as_asked_or_else_where_the_gpu_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With a pretended GPU of --gpu-memory: none is here."""
+    config = KINDS["Qwen2"](num_hidden_layers=2, num_attention_heads=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+
+    def loaded(**more: object) -> tuple[str, str]:
+        found = finetune.how_loaded(Settings(model=str(tmp_path), **more), tmp_path)
+        return found.quantize, found.dtype
+
+    assert loaded() == ("none", "float32") and loaded(quantize="nf4")[0] == "nf4"
+    monkeypatch.setattr(training, "can_bf16", lambda: True)
+    assert loaded(gpu_memory=24) == ("none", "bfloat16") and loaded(gpu_memory=2.38)[0] == "nf4"
+    assert loaded(gpu_memory=2.38, max_tokens=16)[0] == "none"  # room for fewer tokens
+    assert loaded(gpu_memory=2.38, quantize="none")[0] == "none"
+
+
+def test_the_digest_of_pairs_is_that_of_their_list():
+    pairs = [Pair("几点？", "七点。"), Pair("When?", 'At "seven".')]
+    for some in ([], pairs[:1], pairs):
+        assert finetune.pairs_digest(some) == digest([dataclasses.astuple(pair) for pair in some])
