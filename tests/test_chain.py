@@ -87,6 +87,7 @@ def test_fine_tuning_leaves_adapter_checkpoints_log_and_picture(tuned: tuple[Pat
     results, said = tuned
     assert losses(results)[0] > 5 and losses(results)[-1] < 0.5
     assert len(list((results / "ckpts").glob("checkpoint-*/adapter_model.safetensors"))) == 12
+    assert not (results / "ckpts" / "encoded").exists()  # the tokens of the pairs, as large as these
     assert (results / "loss.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((results / "run.json").read_text())["finetune"]
     assert json.loads((results / "LoRA" / "run.json").read_text()) == {"finetune": record}
