@@ -107,8 +107,7 @@ class Settings(BaseSettings):
     min_length: int = _trees(20, "λ: no query for a shorter context (paper 3.2); unit as max-length", ge=1)
     leaf_length: int = _trees(
         40,
-        "a shorter context is asked for its question alone and not split, as its halves would mostly be below "
-        "min-length; 0: all are split",
+        "a shorter context is asked for its question alone, as hardly a half of it could be asked; 0: all are split",
         ge=0,
     )
     rouge_threshold: float = _trees(
