@@ -69,7 +69,8 @@ def tune(name, quantize, learnt, held_out, most, kept):
     model = tuning.load_model(base, quantize, "tiny", 1)
     computed = collections.Counter()
     layer = next(module for path, module in model.named_modules() if path.endswith("layers.0.mlp"))
-    layer.register_forward_pre_hook(lambda module, given: computed.update([given[0].shape[1]] if module.training else []))
+    count = lambda module, given: computed.update([given[0].shape[1]] if module.training else [])
+    layer.register_forward_pre_hook(count)
     log, _ = tuning.tune(model, tokenizer, *rows, rules, folder / name, most, kept)
     return model, log, sorted(computed.items())
 
