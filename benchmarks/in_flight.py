@@ -1,10 +1,10 @@
-"""How full step 1 keeps a server: mean requests in flight, and the client's CPU time a call.
+"""How busy step 1 keeps a server: mean requests that it runs, and the client's CPU time a call.
 
-Starts the demonstration engine with a fixed latency as the stand-in for a server with that many slots, runs
-step1_gen_q.py on a corpus against it, and samples vllm:num_requests_running while there is work for every slot
-(from the first time that the limit is reached to the last).
+Starts the demonstration engine with so many slots and a fixed latency as the stand-in for a server, runs
+step1_gen_q.py on a corpus against it, and samples vllm:num_requests_running over the whole run and while there is work
+for every slot (from the first time that all are busy to the last).
 
-    python benchmarks/in_flight.py [--corpus DailyM] [--latency 4] [--max-in-flight 256]
+    python benchmarks/in_flight.py [--corpus DailyM] [--latency 4] [--slots 256]
 """
 
 import argparse
@@ -26,15 +26,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", default="DailyM")
     parser.add_argument("--latency", type=float, default=4.0, help="seconds that every reply takes")
-    parser.add_argument("--max-in-flight", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=256, help="replies that the server makes at once")
     options = parser.parse_args()
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
+    serving = ["--latency", str(options.latency), "--slots", str(options.slots)]
     engine = subprocess.Popen(
-        [sys.executable, "-m", "augcon.demo.engine", "--port", str(port), "--latency", str(options.latency)],
+        [sys.executable, "-m", "augcon.demo.engine", "--port", str(port), *serving],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
     )
@@ -42,7 +43,7 @@ def main() -> None:
         wait_for(address)
         with tempfile.TemporaryDirectory() as results:
             command = [sys.executable, "step1_gen_q.py", "--corpus", options.corpus, "--results", results]
-            command += ["--api-base", f"{address}/v1", "--max-in-flight", str(options.max_in_flight)]
+            command += ["--api-base", f"{address}/v1"]
             running, seconds, cpu, output = watch(command, address)
     finally:
         engine.terminate()
@@ -77,18 +78,19 @@ def watch(command: list[str], address: str) -> tuple[list[float], float, float, 
 
 
 def report(options: argparse.Namespace, running: list[float], seconds: float, cpu: float, output: str) -> None:
-    limit = options.max_in_flight
+    limit = options.slots
     full = [i for i, n in enumerate(running) if n >= 0.99 * limit]
     if not full:
-        sys.exit(f"error: never {limit} in flight (at most {max(running):.0f}): the corpus is too small for this limit")
+        sys.exit(f"error: never {limit} at once (at most {max(running):.0f}): the corpus is too small for so many")
     busy = running[full[0] : full[-1] + 1]
     calls = int(re.search(r"^calls: +([\d,]+)", output, re.MULTILINE)[1].replace(",", ""))
     print(output)
     mean = statistics.mean(busy)
-    print("| limit | latency | mean in flight while there was work | of the limit | calls/s, whole run | ideal |")
-    print("|---|---|---|---|---|---|")
+    whole = statistics.mean(running)
+    print("| slots | latency | busy while there is work | of all | over the whole run | calls/s | ideal |")
+    print("|---|---|---|---|---|---|---|")
     print(
-        f"| {limit} | {options.latency} s | {mean:.1f} | {mean / limit:.1%} "
+        f"| {limit} | {options.latency} s | {mean:.1f} | {mean / limit:.1%} | {whole / limit:.1%} "
         f"| {calls / seconds:.0f} | {limit / options.latency:.0f} |"
     )
     print(f"\nclient, all of step 1 included: {1000 * cpu / calls:.2f} ms of CPU a call")

@@ -6,6 +6,7 @@ server is a fake in the same process, whose replies mean nothing.
 
 import asyncio
 import json
+import re
 import selectors
 import zlib
 from collections import deque
@@ -85,7 +86,7 @@ class SlotServer:
 
     async def get(self, path: str, *, cast_to: type[str]) -> str:
         """The figures."""
-        if not self.tells:
+        if not self.tells or not re.fullmatch(r"http://[\w-]+/metrics", path):
             return "<html>Not here</html>"
         waiting = sum(not each.done() for each in self.queue)
         return f"vllm:num_requests_running{{}} {self.running}\nvllm:num_requests_waiting{{}} {waiting}\n"
@@ -115,11 +116,12 @@ class SlotServer:
                 turn.set_result(None)
 
 
-def replace_servers(llm: LLM, *fakes: SlotServer) -> None:
-    """Puts fakes in the place of the HTTP clients of a client that has as many servers, and begins."""
+def replace_servers(llm: LLM, *fakes: SlotServer, start: bool = True) -> None:
+    """Puts fakes in the place of the HTTP clients of a client that has as many servers, and begins to watch them."""
     for server, fake in zip(llm.servers.all, fakes, strict=True):
         server.client = fake  # type: ignore[assignment]
-    llm.servers.start()
+    if start:
+        llm.servers.start()
 
 
 class Fixed(limit.Limit):

@@ -14,7 +14,7 @@ MAY_IMPORT = {
     **{room: {"data", "errors"} for room in BASE},
     "hub": {"errors"},
     "text": {"data", "errors"},
-    "llm": {"data", "errors", "text"},
+    "llm": {"data", "errors", "progress", "text"},
     "method": {"data", "errors", "ordered", "text"},
     "train": {"data", "errors", "files", "hub", "progress"},
     "run": {"data", "errors", "files", "llm", "method", "progress", "text"},

@@ -45,11 +45,12 @@ def cut(reply: str, stops: list[str], max_tokens: int | None) -> tuple[str, str,
 
 
 class Engine:
-    """The endpoints, and what ``/metrics`` counts; every reply takes ``latency`` seconds."""
+    """The endpoints, and what ``/metrics`` counts; ``slots`` replies at once take ``latency`` seconds each."""
 
-    def __init__(self, latency: float) -> None:
+    def __init__(self, latency: float, slots: int) -> None:
         self.latency = latency
-        self.running = self.requests = 0
+        self.slots = asyncio.Semaphore(slots)
+        self.running = self.waiting = self.requests = 0
 
     async def complete(self, request: web.Request) -> web.Response:
         """POST /v1/chat/completions and /v1/completions."""
@@ -57,12 +58,17 @@ class Engine:
         asked = Asked.model_validate_json(await request.read())
         if asked.model != MODEL:
             raise web.HTTPNotFound(text=f"The model `{asked.model}` does not exist.")
-        self.running += 1
+        self.waiting += 1
         try:
-            reply = reply_to(asked.prompt, asked.seed if asked.temperature >= COLD else None)
-            await asyncio.sleep(self.latency)
+            async with self.slots:
+                self.waiting, self.running = self.waiting - 1, self.running + 1
+                try:
+                    reply = reply_to(asked.prompt, asked.seed if asked.temperature >= COLD else None)
+                    await asyncio.sleep(self.latency)
+                finally:
+                    self.waiting, self.running = self.waiting + 1, self.running - 1
         finally:
-            self.running -= 1
+            self.waiting -= 1
         self.requests += 1
         written, finish, tokens = cut(reply, asked.stop, asked.max_tokens)
         choice = {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
@@ -87,7 +93,11 @@ class Engine:
 
     async def metrics(self, _: web.Request) -> web.Response:
         """GET /metrics, under vLLM's names."""
-        figures = {"num_requests_running": self.running, "request_success_total": self.requests}
+        figures = {
+            "num_requests_running": self.running,
+            "num_requests_waiting": self.waiting,
+            "request_success_total": self.requests,
+        }
         return web.Response(text="".join(f'vllm:{name}{{model_name="{MODEL}"}} {n}\n' for name, n in figures.items()))
 
 
@@ -111,8 +121,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", default=8000, type=int, help="port to listen on")
     parser.add_argument("--latency", default=0.0, type=float, help="seconds that every reply takes")
+    parser.add_argument("--slots", default=256, type=int, help="replies under way at once; others wait")
     options = parser.parse_args()
-    engine = Engine(options.latency)
+    engine = Engine(options.latency, options.slots)
     app = web.Application(middlewares=[_errors], client_max_size=64 * 2**20)
     reads = {"/v1/models": engine.models, "/health": engine.models, "/metrics": engine.metrics}
     app.add_routes([web.get(path, handler) for path, handler in reads.items()])

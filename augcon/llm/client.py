@@ -79,6 +79,11 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         """The number of requests under way."""
         return sum(server.under_way for server in self.servers.all)
 
+    @property
+    def most_in_flight(self) -> int:
+        """The most requests that were under way at once, over all servers."""
+        return sum(server.most_under_way for server in self.servers.all)
+
     async def connect(self, model: str, api_model: str = "") -> str:
         """Chooses the model to ask; returns the name under which it is served.
 
@@ -252,7 +257,7 @@ class _Attempts:
             return failures.retry_after(error, llm.endpoint.server_wait) or True
         if kind == "timeout":
             if now() - self.began < 0.9 * llm.endpoint.request_timeout:
-                return 0.01  # it was in no queue, and is worth another try: see Server.hurry
+                return 0.01  # it was in no queue, and is worth another try: see Servers._hurry
             server.limit.timed_out(server.successes - self.seen, server.under_way)
         server.failed(self.seen)
         if not server.up:

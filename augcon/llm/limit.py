@@ -45,7 +45,7 @@ class Limit:
         self.value = min(START, most)
         self.told = False  # whether the server tells of its queue
         self._ramp = True  # nothing has shown yet how much it can take
-        self._preemptions = 0.0
+        self._preemptions: float | None = None  # so far
         self._calm = 0
         self._quickest: dict[int, float] = {}  # seconds, by the length of the reply in bits
         self._recent: list[tuple[float, float]] = []  # seconds, and those of the quickest of that length
@@ -53,13 +53,16 @@ class Limit:
         self._lowered = 0.0
 
     def follow(self, figures: Mapping[str, float], under_way: int, wanted: bool) -> None:
-        """Takes a reading of vLLM's figures into account; without those of its queue, the replies count alone."""
+        """Takes a reading of vLLM's figures into account; without those of its queue, the replies count alone.
+
+        ``under_way`` does not count requests that are probably lost.
+        """
         self.told = {"num_requests_running", "num_requests_waiting"} <= figures.keys()
         if not self.told:
             return
         running, waiting = figures["num_requests_running"], figures["num_requests_waiting"]
-        preempted = figures.get("num_preemptions", 0) > self._preemptions > 0
-        self._preemptions = figures.get("num_preemptions", 0) or 1e-9
+        before, self._preemptions = self._preemptions, figures.get("num_preemptions", 0)
+        preempted = before is not None and self._preemptions > before
         queue = 1 + running * _QUEUE
         if preempted:  # memory is short: it throws away the work of some to go on with others
             self._ramp, self._calm = False, _CALM
@@ -68,7 +71,8 @@ class Limit:
             self._ramp = False
             mine = min(1, under_way / (running + waiting))  # others may be asking, too
             self._set(under_way - mine * (waiting - queue))
-        elif wanted and waiting <= queue / 2:
+        elif wanted and waiting <= queue / 2 and under_way - running - waiting <= max(START, queue):
+            # Were there more that it does not tell of, its API would have a queue of its own.
             self._set(self.value * (2 if self._ramp else 1.02 if self._calm else 1.25) + 1)
         self._calm = max(0, self._calm - 1)
 

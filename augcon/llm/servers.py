@@ -94,22 +94,21 @@ class Server:
         if self.failures >= _IN_A_ROW or self.successes == seen:
             self.up = False
 
-    def hurry(self) -> None:
-        """Ends first tries that take far longer than any reply so far: they are lost, or will be as soon again."""
-        if self.successes >= _EXPERIENCE:
-            for timeout, began in self.first_tries.items():
-                if now() - began > 1.5 * self._longest:
-                    timeout.reschedule(now())
+    def overdue(self) -> list[asyncio.Timeout]:
+        """The first tries that take far longer than any reply so far: lost, or as soon to be had again."""
+        if self.successes < _EXPERIENCE:
+            return []
+        return [timeout for timeout, began in self.first_tries.items() if now() - began > 1.5 * self._longest]
 
-    async def read_figures(self) -> bool:
-        """Reads the figures of vLLM; says whether there are any."""
-        address = re.sub(r"(/v1)?/?$", "/metrics", self.api_base)
+    async def read_figures(self) -> dict[str, float]:
+        """Reads the figures of vLLM; none where there are none."""
+        address = re.sub(r"(/v1)?/?$", "/metrics", self.api_base, count=1)
         try:
-            self.figures = figures(await self.client.with_options(timeout=10).get(address, cast_to=str))
+            read = figures(await self.client.with_options(timeout=10).get(address, cast_to=str))
         except (*failures.FAILURES, ValueError):
-            self.figures = {}
-        self.first_figures = self.first_figures or self.figures
-        return bool(self.figures)
+            return {}
+        self.first_figures, self.figures = self.first_figures or read, read
+        return read
 
 
 class Servers:
@@ -149,6 +148,10 @@ class Servers:
     def wanted(self) -> bool:
         """Whether requests wait for a slot."""
         return any(server.waiting for server in self.all)
+
+    def gained(self, figure: str) -> float:
+        """By how much a figure of vLLM has grown in this run, over all servers."""
+        return sum(server.figures.get(figure, 0) - server.first_figures.get(figure, 0) for server in self.all)
 
     def room(self) -> int:
         """How many items there should be under way: enough for all slots, and for the next ones."""
@@ -218,8 +221,8 @@ class Servers:
 
     async def _read(self, server: Server) -> None:
         """Reads the figures of a server again and again, if it has any, and lets the limit follow them."""
-        while await server.read_figures() or server.first_figures:
-            server.limit.follow(server.figures, server.under_way, self.wanted)
+        while (read := await server.read_figures()) or server.first_figures:
+            server.limit.follow(read, server.under_way - len(server.overdue()), self.wanted)
             self.fill()
             await asyncio.sleep(READING)
 
@@ -227,9 +230,8 @@ class Servers:
         """Where nobody waits for a slot, all that is left is under way, and what is lost is better sent again soon."""
         while True:
             await asyncio.sleep(READING)
-            if not self.wanted:
-                for server in self.all:
-                    server.hurry()
+            for timeout in () if self.wanted else itertools.chain(*(server.overdue() for server in self.all)):
+                timeout.reschedule(now())
 
     # Servers that are not there
 

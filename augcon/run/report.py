@@ -135,13 +135,18 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
 
 
 def print_calls(llm: "LLM", seconds: float) -> None:
-    """Prints the figures of the client."""
+    """Prints the figures of the client, and of vLLM's prefix cache and speculation where it tells them."""
     retries = Counter({kind: number for kind, number in llm.counts.items() if kind.startswith("retries")})
-    calls = llm.counts["calls"]
+    calls, prompt = llm.counts["calls"], llm.counts["prompt tokens"]
+    cached = llm.counts["cached tokens"] or llm.servers.gained("prefix_cache_hits")
+    drafted, accepted = map(llm.servers.gained, ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"))
     print(
-        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s), {llm.counts['replayed']:,} replayed from the "
-        f"store, {llm.counts['shared']:,} shared by equal requests, "
-        f"{llm.counts['prompt tokens']:,} prompt and {llm.counts['reply tokens']:,} reply tokens"
+        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s, up to {llm.most_in_flight:,} in flight), "
+        f"{llm.counts['replayed']:,} replayed from the store, {llm.counts['shared']:,} shared by equal requests, "
+        f"{prompt:,} prompt tokens"
+        + (f" ({min(1, cached / prompt):.0%} from the prefix cache)" if cached and prompt else "")
+        + f" and {llm.counts['reply tokens']:,} reply tokens"
+        + (f" ({accepted / drafted:.0%} of {drafted:,.0f} speculative tokens accepted)" if drafted else "")
         + (f", {format_counts(retries)}" if retries else "")
         + f"; {seconds:.0f} s"
     )
