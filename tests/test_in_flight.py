@@ -135,7 +135,7 @@ def test_neither_lost_nor_long_replies_keep_a_server_from_being_busy(tells: bool
     without = simulate(ask_all(easy, 3_000, request_timeout=60))
     lossy = SlotServer(lambda _: 64, lambda asked: hard(asked, tries, long=1), tells)
     lost = simulate(ask_all(lossy, 3_000, request_timeout=60))
-    assert lost.counts["retries: timeout"] == sum(times > 1 for times in tries.values()) > 5
+    assert lost.counts["retries: timeout"] == sum(times > 1 for times in tries.values()) >= 5
     assert without.seconds / lost.seconds > 0.9  # also the end, where the last are lost
     both = SlotServer(lambda _: 64, lambda asked: hard(asked, others, long=40), tells)
     run = simulate(ask_all(both, 3_000, request_timeout=120))

@@ -653,6 +653,71 @@ def test_a_refused_key_is_said_on_connecting(store: Store):
     play(main())
 
 
+# Several servers
+
+
+@contextlib.asynccontextmanager
+async def connected_to_all(*servers: ScriptedServer, store: Store) -> AsyncIterator[LLM]:
+    async with LLM(Endpoint(",".join(server.url for server in servers)), store) as llm:
+        await llm.connect("model")
+        yield llm
+
+
+def test_several_servers_share_the_work_and_one_that_goes_is_left_out_until_it_comes(store: Store):
+    async def main() -> None:
+        script = lambda body, before: says("re: " + prompt_of(body), after=0.05)  # noqa: E731
+        one, two = ScriptedServer(script), ScriptedServer(script)
+        async with one, two, connected_to_all(one, two, store=store) as llm:
+
+            async def ask_all(first: int, number: int) -> None:
+                asked = range(first, first + number)
+                replies = map_in_order(lambda n: llm.ask(request(f"{n}", root=n)), asked, llm.servers.room)
+                assert [reply.text async for _, reply in replies] == [f"re: {n}" for n in asked]
+
+            await ask_all(0, 200)
+            assert len(one.bodies) > 50 < len(two.bodies)
+            asking = asyncio.create_task(ask_all(200, 400))
+            await asyncio.sleep(0.2)
+            await two.go()
+            await asking
+            assert [server.up for server in llm.servers.all] == [True, False]
+            await two.come()
+            while not llm.servers.all[1].up:
+                await asyncio.sleep(0.05)
+            before = len(two.bodies)
+            await ask_all(600, 100)
+            assert len(two.bodies) > before + 20
+
+    play(main(), 30)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_server_of_several_that_is_not_there_at_the_start_is_waited_for_in_the_background(store: Store):
+    async def main() -> None:
+        one, two = ScriptedServer(echo), ScriptedServer(echo)
+        async with one, two:
+            await two.go()
+            async with connected_to_all(one, two, store=store) as llm:
+                assert (await llm.ask(request("x"))).text == "re: x"
+                await two.come()
+                while not llm.servers.all[1].up:
+                    await asyncio.sleep(0.05)
+
+    play(main())
+
+
+def test_servers_of_which_one_has_another_model_are_refused(store: Store):
+    async def main() -> None:
+        one, two = ScriptedServer(echo), ScriptedServer(echo, models=("another",))
+        async with one, two:
+            with pytest.raises(UserError, match=r"does not serve 'model'.*'another'") as caught:
+                async with connected_to_all(one, two, store=store):
+                    pass
+            assert two.url in str(caught.value)
+
+    play(main())
+
+
 # Never twice
 
 
