@@ -77,7 +77,7 @@ def read_step_1(results: Results) -> tuple[list[RootContext], list[ScorerPair]]:
     """What step 1 has made. Raises UserError where something is missing or does not belong together."""
     roots, pairs = results.read_contexts(), results.read_pairs()
     if is_main():
-        numbers = {root: len(queries) for root, queries in results.each_root(results.queries)}
+        numbers = results.count_queries()
         if [root.root for root in roots] != list(numbers):
             raise UserError(f"{results.contexts} and {results.queries} do not belong together; run {STEP_1} again")
         total = sum(numbers.values())

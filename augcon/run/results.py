@@ -122,6 +122,11 @@ class Results:
                 queries.append(Query(id_, root, context, text))
             yield root, queries
 
+    def count_queries(self) -> dict[int, int]:
+        """The number of queries in ``queries.json`` by root context; memory for one."""
+        entries = read_entries(self.queries, tuple[int, list[tuple[str, str]]], STEP_1)
+        return {root: len(pairs) for root, pairs in entries}
+
     @contextlib.contextmanager
     def writing_queries(self, path: Path) -> Iterator[Callable[[int, Iterable[Query]], None]]:
         """Writes (context, query) root by root, through the function given."""
