@@ -100,7 +100,9 @@ def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
         datasets.Dataset.from_dict(dict(columns)).save_to_disk(folder)
 
 
-def write_arrow(path: Path, types: Mapping[str, str | Sequence[str]], batches: Iterable[Mapping[str, list[Any]]]) -> None:
+def write_arrow(
+    path: Path, types: Mapping[str, str | Sequence[str]], batches: Iterable[Mapping[str, list[Any]]]
+) -> None:
     """Writes a dataset batch by batch as one file, for ``datasets.Dataset.from_file``, which keeps it out of memory.
 
     ``types``: the type of each column, such as "int32", or ["int32"] for lists of them.

@@ -334,7 +334,7 @@ def test_a_base_model_is_asked_through_the_completions_endpoint(engine: Engine, 
     done = run("step1_gen_q.py", "--api-base", engine.api, *flags)
     assert done.returncode == 0, done.stderr
     fates = Counter(node["outcome"] for node in lines(tmp_path / "r" / "nodes.jsonl"))
-    assert fates["done"] > 50 and set(fates) == {"done", "not shorter", "too short"}
+    assert fates["done"] > 50 and set(fates) <= {"done", "not shorter", "too short"}
 
 
 def test_a_torn_results_folder_is_made_anew_from_the_store(engine: Engine, bundled: tuple[Path, str], tmp_path: Path):
