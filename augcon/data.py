@@ -75,9 +75,10 @@ class Node:
     """A node of a tree and what became of it.
 
     ``query`` is None where the context was not asked (too short), where no query could be had (not parseable, failed)
-    or where it is a copy of the one above. "done": there is nothing wrong with the halves, which are nodes too. "not
-    shorter", "hallucinated", "loses text": the query is kept, the halves are not. ``detail`` gives the reason,
-    ``tries`` the number of replies, ``doubt`` what is wrong with the query, such as names that the context lacks.
+    or where it is a copy of the one above. "done": there is nothing wrong with the halves, which are nodes too, or
+    nothing to split. "not shorter", "hallucinated", "loses text": the query is kept, the halves are not. ``detail``
+    gives the reason, ``tries`` the number of replies, ``doubt`` what is wrong with the query, such as names that the
+    context lacks.
     """
 
     root: int

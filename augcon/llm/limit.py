@@ -10,7 +10,11 @@ import statistics
 from collections.abc import Mapping
 
 START = 16  # a careful start: even of four slots with replies of 10 seconds, the last of these waits for half a minute
-_FIGURE = re.compile(r"^vllm:(\w+?)(?:_total)?(?:\{.*\})? (\S+)$", re.MULTILINE)
+_FIGURE = re.compile(
+    r"^vllm:(num_requests_(?:running|waiting)|num_preemptions|prefix_cache_hits|spec_decode_num_(?:draft|accepted)_tokens)"
+    r"(?:_total)?(?:\{.*\})? (\S+)$",
+    re.MULTILINE,
+)
 _QUEUE = 1 / 8  # of the requests that run: how many may wait, so that a slot that falls free is filled at once
 _CALM = 60  # readings after a preemption in which a server is given hardly more
 # Without figures: times that a reply takes longer than on an idle server, up to which more may come, and past which
@@ -26,7 +30,7 @@ def now() -> float:
 
 
 def figures(metrics: str) -> dict[str, float]:
-    """The figures in the text of vLLM's ``/metrics`` by their names without "vllm:", summed over engines."""
+    """The figures of use in the text of vLLM's ``/metrics``, by their names without "vllm:", summed over engines."""
     sums: dict[str, float] = {}
     for name, value in _FIGURE.findall(metrics):
         sums[name] = sums.get(name, 0) + float(value)
@@ -49,8 +53,8 @@ class Limit:
         self._calm = 0
         self._quickest: dict[int, float] = {}  # seconds, by the length of the reply in bits
         self._recent: list[tuple[float, float]] = []  # seconds, and those of the quickest of that length
+        self._lowered = 0.0  # when, at last
         self._not_counted = 0  # replies to requests that were sent before that
-        self._lowered = 0.0
 
     def follow(self, figures: Mapping[str, float], under_way: int, wanted: bool) -> None:
         """Takes a reading of vLLM's figures into account; without those of its queue, the replies count alone.

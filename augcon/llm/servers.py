@@ -236,7 +236,7 @@ class Servers:
     # Servers that are not there
 
     def leave_out(self, server: Server, error: Exception) -> None:
-        """Sends nothing to a server that has failed until a probe has found it in order. Raises as ``slot``."""
+        """Sends nothing to a failed server until a probe finds it in order; what waits for it goes to others."""
         server.up = False
         waiting, server.waiting = server.waiting, []
         for again, root, number, waits in waiting:
