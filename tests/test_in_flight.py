@@ -177,11 +177,13 @@ class RateLimited(SlotServer):
         return await super().post(path, body=body, cast_to=cast_to)
 
 
+ASKED = openai.DefaultHttpxClient().build_request("POST", "http://server-0/v1/chat/completions")
+
+
 def status(code: int) -> openai.APIStatusError:
     """What the OpenAI client raises."""
-    asked = openai.DefaultHttpxClient().build_request("POST", "http://server-0/v1/chat/completions")
     kind = openai.RateLimitError if code == 429 else openai.InternalServerError
-    response = type("Response", (), {"status_code": code, "headers": {}, "request": asked})()
+    response = type("Response", (), {"status_code": code, "headers": {}, "request": ASKED})()
     return kind("no", response=response, body=None)
 
 

@@ -257,7 +257,7 @@ class Servers:
                     said = True
                     others = "the others go on" if any(each.up for each in self.all) else f"waiting {self._wait:.0f} s"
                     say(f"server:  {server.api_base} does not answer ({failures.describe(error)}); {others}")
-                await asyncio.sleep(min(PROBING, self._wait - out) if out < self._wait else PROBING)
+                await asyncio.sleep(min(PROBING, max(self._wait - out, 0.1)) if out < self._wait else PROBING)
             if said:
                 say(f"server:  {server.api_base} answers again after {now() - since:.0f} s")
             server.up = True
