@@ -168,6 +168,7 @@ _ZH_UNFIT = re.compile(  # what depends on words before it, asks, or is unfinish
 @functools.lru_cache(maxsize=2**15)  # a tree repeats its sentences on every level
 def _chinese(sentence: str) -> list[tuple[str, str]]:
     """What a sentence offers for the slots of the templates."""
+    text.load_jieba()
     from jieba import posseg  # takes a second
 
     pieces = []

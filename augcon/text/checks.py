@@ -10,7 +10,7 @@ from rapidfuzz.distance import Indel
 from augcon.data import Example, Query
 from augcon.text.parse import Unparseable, bare_answer
 from augcon.text.prompts import Prompts, all_checks, disarm
-from augcon.text.units import cjk_and_latin, language
+from augcon.text.units import cjk_and_latin, language, load_jieba
 
 ALIKE = 0.9  # an answer whose characters are this similar counts as copied
 
@@ -118,6 +118,7 @@ def ungrounded(question: str, context: str) -> list[str]:
         question = _QUOTED.sub(" ", question)
         absent += _absent_words(question, context, chinese=chinese)
     if not translated and chinese:
+        load_jieba()
         from jieba import posseg  # takes a second
 
         names = (word for word, tag in posseg.cut(question) if tag[:2] in {"nr", "ns", "nt", "nz"})

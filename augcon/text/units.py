@@ -5,8 +5,8 @@ import itertools
 import logging
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 Language = Literal["zh", "en"]
 
@@ -109,16 +109,16 @@ def words(text: str) -> list[str]:
 
 @functools.lru_cache(maxsize=2**16)
 def _block_words(block: str) -> tuple[str, ...]:
-    return tuple(_jieba_cut()(block)) if len(block) > 1 else (block,)
+    return tuple(load_jieba().cut(block)) if len(block) > 1 else (block,)
 
 
 @functools.cache
-def _jieba_cut() -> Callable[[str], Iterator[str]]:
-    import jieba  # slow: not for --help
+def load_jieba() -> Any:
+    """jieba, where it is needed, since it takes a while, and without its messages about that."""
+    import jieba
 
     jieba.setLogLevel(logging.WARNING)
-    cut: Callable[[str], Iterator[str]] = jieba.cut
-    return cut
+    return jieba
 
 
 # Control characters (tab and newline stay), zero-width spaces, byte order marks, lone surrogates, non-characters.
