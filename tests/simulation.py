@@ -52,18 +52,25 @@ def now() -> float:
 class SlotServer:
     """Answers as many requests at once as it has ``slots``, at a time; the others wait in a queue.
 
-    ``seconds`` says how long the reply to a body takes; infinite, it never comes, and takes no slot. ``tells``: it has
-    the figures of vLLM. It takes the place of the OpenAI client of a ``Server``.
+    ``seconds`` says how long the reply to some messages takes; infinite, it never comes, and takes no slot. ``tells``:
+    it has the figures of vLLM. ``reply`` makes the text of a reply to a body; by default, it is of about 50 words a
+    second. It takes the place of the OpenAI client of a ``Server``.
     """
 
-    def __init__(self, slots: Callable[[float], int], seconds: Callable[[str], float], tells: bool = True) -> None:
-        self.slots, self.seconds, self.tells = slots, seconds, tells
+    def __init__(
+        self,
+        slots: Callable[[float], int],
+        seconds: Callable[[str], float],
+        tells: bool = True,
+        reply: Callable[[dict[str, Any]], str] | None = None,
+    ) -> None:
+        self.slots, self.seconds, self.tells, self.reply = slots, seconds, tells, reply
         self.running = self.answered = self.given_up = 0
         self.busy = 0.0  # slots times seconds
         self.queue: deque[asyncio.Future[None]] = deque()
 
     async def post(self, path: str, *, body: dict[str, Any], cast_to: type[str]) -> str:
-        """The reply to a request, of about 50 tokens a second."""
+        """The reply to a request."""
         asked = json.dumps(body["messages"])
         seconds = self.seconds(asked)
         if seconds == float("inf"):
@@ -73,15 +80,17 @@ class SlotServer:
         except asyncio.CancelledError:
             self.given_up += 1
             raise
+        began = now()
         try:
             await asyncio.sleep(seconds)
         finally:
             self.running -= 1
-            self.busy += seconds
+            self.busy += now() - began
             self._next()
         self.answered += 1
         tokens = max(1, round(50 * seconds))
-        choice = {"finish_reason": "stop", "message": {"content": "word " * tokens}}
+        text = self.reply(body) if self.reply else "word " * tokens
+        choice = {"finish_reason": "stop", "message": {"content": text}}
         return json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}})
 
     async def get(self, path: str, *, cast_to: type[str]) -> str:
