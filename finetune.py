@@ -12,8 +12,6 @@ other pairs need another --output, or --redo to replace what is there.
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from augcon.data import Pair
 from augcon.errors import UserError, stage
-from augcon.files import new_folder, read_lines, write_json
+from augcon.files import digest, new_folder, read_lines, write_json
 from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
@@ -127,12 +125,8 @@ def how_loaded(settings: Settings, base: Path) -> "TrainedWith":
 
 
 def pairs_digest(pairs: Sequence[Pair]) -> str:
-    """The digest of pairs as ``files.digest`` has it of their list, one by one: its JSON would be larger than they."""
-    whole = hashlib.sha256(b"[")
-    for place, pair in enumerate(pairs):
-        whole.update(f"{', ' if place else ''}{json.dumps([pair.question, pair.answer])}".encode())
-    whole.update(b"]")
-    return whole.hexdigest()[:16]
+    """The digest of pairs, one by one: the JSON of their list would be larger than they."""
+    return digest(*([pair.question, pair.answer] for pair in pairs))
 
 
 def read_data(settings: Settings, results: Results) -> list[Pair]:

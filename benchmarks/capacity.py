@@ -15,10 +15,11 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import io
 import itertools
 import sys
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ from augcon.run.inputs import CorpusRules, prompts_for, read_roots  # noqa: E402
 SECONDS = {4: 10.0, 32: 2.0, 256: 4.0, 1024: 8.0, 8192: 30.0}  # of a reply, by the slots of a server
 NEVER = float("inf")
 Work = Callable[[Ask], tuple[Callable[[Any], Awaitable[object]], Iterable[Any]]]  # what to do with each of some items
+
+
+def quietly(work: "Coroutine[Any, Any, Run]") -> "Run":
+    """The outcome of a simulation, without what the client says of servers that do not answer."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return simulate(work)
 
 
 async def old_map(function: Callable[[Any], Awaitable[Any]], items: Iterable[Any], window: int) -> AsyncIterator[Any]:
@@ -127,10 +134,10 @@ def capacities(slots: Iterable[int]) -> None:
         def fake(tells: bool, each: int = each, mean: float = mean) -> SlotServer:
             return SlotServer(lambda _: each, lambda asked: spread(asked, mean), tells)
 
-        best = simulate(run(fake(True), questions(number), fixed=each + each // 8 + 1)).seconds
+        best = quietly(run(fake(True), questions(number), fixed=each + each // 8 + 1)).seconds
         cells = [f"{best:,.0f} s"]
         for tells, fixed in ((True, 256), (True, 0), (False, 0)):
-            made = simulate(run(fake(tells), questions(number), fixed))
+            made = quietly(run(fake(tells), questions(number), fixed))
             cells.append(f"{made.seconds:,.0f} s ({best / made.seconds:.2f})" + f", {made.lost} lost" * (made.lost > 0))
         print(f"| {each:,} × {mean:.0f} s | {' | '.join(cells)} |", flush=True)
 
@@ -149,7 +156,7 @@ def slow_items() -> None:
                     seconds_of(mean, never, long),
                     reply=(lambda body: reply_to(body["messages"], body["seed"])) if work is trees else None,
                 )
-                made = simulate(run(fake, work, fixed=slots if old else 0, old=old))
+                made = quietly(run(fake, work, fixed=slots if old else 0, old=old))
                 ends.append(made.most)
                 busy.append(fake.busy / slots / made.seconds)
             cells = [f"{ends[0]:,.0f} s", f"{ends[1]:,.0f} s", f"{ends[0] / ends[1]:.2f}", *(f"{b:.0%}" for b in busy)]
