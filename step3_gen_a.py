@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from augcon.data import Answer, Query, RootContext
 from augcon.errors import UserError, stage
-from augcon.files import digest, read_lines, write_dataset, write_json, write_lines
+from augcon.files import file_digest, read_lines, write_dataset, write_json, write_lines
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
@@ -56,7 +56,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     from augcon.llm.client import LLM, Endpoint  # slow: not for --help
 
     started = time.monotonic()
-    queries = [query for listed in results.read_queries(results.filtered_queries).values() for query in listed]
+    queries = [query for _, listed in results.each_root(results.filtered_queries) for query in listed]
     if not queries:
         raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
     roots = {root.root: root for root in results.read_contexts()} if results.contexts.exists() else {}
@@ -89,7 +89,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
         write_data(settings, results, roots, answers)
         print_calls(llm, time.monotonic() - started)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
-    results.record.finish("step 3", queries=digest(results.filtered_queries.read_bytes()))
+    results.record.finish("step 3", queries=file_digest(results.filtered_queries))
 
 
 async def try_sets(settings: Settings, llm: "LLM", search: Search, progress: "tqdm[None]") -> None:

@@ -89,12 +89,12 @@ def queries_of(root: int) -> list[Query]:
 
 def test_queries_come_back_with_their_ids_in_whatever_order_the_files_are(grown: Results):
     whole = {root: queries_of(root) for root in range(5)}
-    assert grown.read_queries(grown.queries) == whole
+    assert dict(grown.each_root(grown.queries)) == whole
     lines = grown.nodes.read_text().splitlines(keepends=True)
     by_root = [lines[6 * root : 6 * root + 6] for root in range(5)]
     random.Random(1).shuffle(by_root)
     grown.nodes.write_text("".join(line for tree in by_root for line in tree))
-    assert grown.read_queries(grown.queries) == whole
+    assert dict(grown.each_root(grown.queries)) == whole
     with grown.writing_queries(grown.filtered_queries) as write:
         for root in (3, 1):
             write(root, whole[root][::-1])
@@ -107,11 +107,11 @@ def test_a_query_added_by_hand_says_so_and_the_others_keep_their_ids(grown: Resu
     listed["2"].insert(0, ["half", "who?"])
     listed["2"].append(["half", "what?"])  # a third time
     grown.queries.write_text(json.dumps(listed, indent=2))
-    queries = grown.read_queries(grown.queries)[2]
+    queries = dict(grown.each_root(grown.queries))[2]
     assert [query for query in queries if query.pass_number is not None] == queries_of(2)
     assert [query.id.rpartition(":")[0] for query in (queries[0], queries[-1])] == ["2:added"] * 2
     grown.nodes.unlink()
-    assert all(query.pass_number is None for query in grown.read_queries(grown.queries)[3])
+    assert all(query.pass_number is None for query in dict(grown.each_root(grown.queries))[3])
 
 
 def test_a_file_without_a_root_context_is_an_empty_object(tmp_path: Path):
@@ -119,4 +119,4 @@ def test_a_file_without_a_root_context_is_an_empty_object(tmp_path: Path):
     with results.writing_queries(results.filtered_queries):
         pass
     assert json.loads(results.filtered_queries.read_text()) == {}
-    assert results.read_queries(results.filtered_queries) == {}
+    assert dict(results.each_root(results.filtered_queries)) == {}

@@ -91,12 +91,8 @@ class Results:
         """The root contexts, as step 1 wrote them."""
         return list(read_lines(self.contexts, RootContext, STEP_1))
 
-    def read_queries(self, path: Path) -> dict[int, list[Query]]:
-        """The queries of ``queries.json`` or ``filtered_queries.json`` by root context, with their ids."""
-        return dict(self.each_root(path))
-
     def each_root(self, path: Path) -> Iterator[tuple[int, list[Query]]]:
-        """As ``read_queries``, one root context after another; memory for one.
+        """The queries of ``queries.json`` or ``filtered_queries.json`` with their ids, root by root; memory for one.
 
         Both files hold (context, query) only; ``nodes.jsonl`` beside them knows the ids. A query that is not there
         was added by hand, and gets an id that says so.
