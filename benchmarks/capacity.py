@@ -129,7 +129,7 @@ def capacities(slots: Iterable[int]) -> None:
     print("| slots × seconds a reply | best fixed | 256 in flight | by vLLM's figures | by replies alone |")
     print("|---|---:|---:|---:|---:|")
     for each in slots:
-        mean, number = SECONDS[each], max(800, min(60 * each, max(10_000, 8 * each)))
+        mean, number = SECONDS[each], max(800, min(60 * each, 120_000))
 
         def fake(tells: bool, each: int = each, mean: float = mean) -> SlotServer:
             return SlotServer(lambda _: each, lambda asked: spread(asked, mean), tells)

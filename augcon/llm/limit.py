@@ -20,6 +20,7 @@ _CALM = 60  # readings after a preemption in which a server is given hardly more
 # Without figures: times that a reply takes longer than on an idle server, up to which more may come, and past which
 # there are too many. Between the two lies a queue of one or two requests for each that runs.
 _SHORT, _LONG = 2.0, 3.0
+_FASTEST, _SLOWEST = 4, 0.25  # by how much the limit rises with a reply
 _FEW = 4  # too few in flight to make a queue
 _PATIENCE = 1 / 4  # of the time-out: replies that take longer are no reason to send more
 
@@ -99,7 +100,9 @@ class Limit:
             wanted_stretch = (_SHORT + _LONG) / 2
             self._lower(self.value * max(0.5, wanted_stretch * idle / typical), under_way)
         elif typical < min(_SHORT * idle, _PATIENCE * self.timeout) and wanted:
-            self._set(self.value + number * (2 if self._ramp else 0.25))
+            # At first, several more for each reply, but no more than could wait in a queue and still be in time.
+            more = min(_FASTEST, _PATIENCE * self.timeout / typical) if self._ramp else _SLOWEST
+            self._set(self.value + number * more)
 
     def refused(self, under_way: int) -> None:
         """Takes into account that the server has said that it is too much (status 429)."""
