@@ -92,5 +92,6 @@ def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
         "--tests",
         "--num_gpus",
         "--no-demo",
+        "--speculative-config",  # of vLLM
     }
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
