@@ -1,6 +1,7 @@
 """How vLLM is started: the command line."""
 
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 
@@ -43,4 +44,6 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
         command += python_module("vllm.entrypoints.openai.api_server", port, "--model", str(model))
         command += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", "16"]
         command += ["--kv-cache-memory-bytes", str(2 * 2**30)]
+        if not re.search("amx_bf16|avx512_bf16", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
+            command += ["--dtype", "float32"]  # emulated, bf16 takes five times as long
     return command + common + shlex.split(arguments)
