@@ -1,6 +1,5 @@
 """The estimate of GPU memory, against what autograd keeps and what published models are; no GPU is needed for that."""
 
-import dataclasses
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import transformers
 import finetune
 from augcon.data import Pair
 from augcon.errors import UserError
-from augcon.files import digest
 from augcon.train import base as training
 from augcon.train import memory
 from augcon.train import sft as tuning
@@ -143,7 +141,8 @@ def test_the_base_is_quantised_as_asked_or_else_where_the_gpu_is_too_small(
     assert loaded(gpu_memory=2.38, quantize="none")[0] == "none"
 
 
-def test_the_digest_of_pairs_is_that_of_their_list():
+def test_the_digest_of_pairs_tells_their_texts_and_their_order():
     pairs = [Pair("几点？", "七点。"), Pair("When?", 'At "seven".')]
-    for some in ([], pairs[:1], pairs):
-        assert finetune.pairs_digest(some) == digest([dataclasses.astuple(pair) for pair in some])
+    others = [[], pairs[:1], pairs[::-1], [pairs[0], Pair("When", '?At "seven".')]]
+    assert finetune.pairs_digest(pairs) == finetune.pairs_digest(list(pairs))
+    assert len({finetune.pairs_digest(some) for some in [pairs, *others]}) == 5

@@ -115,8 +115,8 @@ class Sweep:
             return False
         found.update(itertools.chain.from_iterable(self._others[key] for key in keys if key in self._others))
         others = [text for text, of in map(self._texts.__getitem__, found) if of is None or of != root]
-        # LCS / length of the longer
-        scorer, cutoff = LCSseq.normalized_similarity, self.threshold - 1e-9
+        # LCS / length of the longer; rapidfuzz rounds so that a score nearer to its cutoff than 1e-7 may be missed
+        scorer, cutoff = LCSseq.normalized_similarity, self.threshold - 1e-6
         return process.extractOne(cut, others, scorer=scorer, score_cutoff=cutoff) is not None
 
     def add_cut(self, cut: str, root: int | None = None) -> None:
