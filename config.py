@@ -86,6 +86,11 @@ class Settings(BaseSettings):
         8192, "most requests under way at once; how many there are follows what the servers can take", ge=1, le=65536
     )
     request_timeout: float = _server(300, "seconds for one request; 4,096 tokens take about 200", gt=0, le=86400)
+    prices: str = _server(
+        "",
+        "money for a million tokens: in prompts, in prompts from the server's cache, written; such as 0.5,0.05,1.5",
+        pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?){2})?$",
+    )
     server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 
     demo: bool = _serving(False, "serve the demonstration engine, which answers by rules and is not an LLM")

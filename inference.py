@@ -22,8 +22,9 @@ from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.corpus import read_column, texts
 from augcon.run.inputs import corpus_path
+from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import format_counts, format_skipped, print_calls
+from augcon.run.report import CallFigures, format_counts, format_skipped
 from augcon.run.results import Results
 from augcon.text.parse import without_thinking
 from augcon.text.units import clean, length
@@ -70,7 +71,7 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
         kept = f", of them {format_counts(+flaws)}; all are kept in their place" if +flaws else ""
         print(f"answers: {len(answers):,}{kept}")
         print(f"length:  {statistics.fmean(map(length, answers)):.0f} words or characters on average")
-        print_calls(llm, time.monotonic() - started)
+        CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices)).print()
         print(f"made:    {outputs}")
 
 
@@ -132,6 +133,7 @@ async def ask_all(settings: Settings, llm: "LLM", questions: list[str]) -> list[
         except Refused as error:
             return str(error)
         finally:
+            progress.set_postfix_str(llm.state, refresh=False)
             progress.update()
 
     with bar(len(questions), "answers", "answers") as progress:

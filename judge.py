@@ -23,8 +23,9 @@ from augcon.method.judging import SCORES, Mean, coins, compare, grade, means_of
 from augcon.ordered import map_in_order
 from augcon.progress import bar
 from augcon.run.inputs import prompts_for
+from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import format_counts, print_calls
+from augcon.run.report import CallFigures, format_counts
 from augcon.run.results import Results
 from config import Settings, load_settings, pick
 
@@ -62,7 +63,7 @@ async def judge_outputs(settings: Settings, results: Results, store: Store) -> N
         print(f"judge:   {model!r} at {settings.api_base}; {number:,} questions, {len(outputs)} answers to each")
         judgement = await ask_judge(settings, llm, outputs)
         write_judgement(settings, results, model, judgement)
-        print_calls(llm, time.monotonic() - started)
+        CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices)).print()
         print(f"made:    {results.judged}, {results.judge}, {results.judge_plot}")
 
 
@@ -89,6 +90,7 @@ async def ask_judge(settings: Settings, llm: "LLM", outputs: Mapping[str, Sequen
 
         async def ask(request: Request) -> Reply:
             reply = await llm.ask(request)
+            progress.set_postfix_str(llm.state, refresh=False)
             progress.update(request.sample == 0)
             return reply
 

@@ -21,10 +21,11 @@ from augcon.llm.store import Store
 from augcon.method import pairs
 from augcon.method.tree import Grown, TreeRules, fill_root
 from augcon.ordered import map_in_order
-from augcon.progress import Share, bar
+from augcon.progress import Panel, Share, bar
 from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
+from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import TreeFigures, format_skipped, print_calls, print_pairs
+from augcon.run.report import CallFigures, TreeFigures, format_skipped, print_pairs
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
 
@@ -64,21 +65,24 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
         write_lines(results.contexts, map(dataclasses.asdict, roots))
 
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
-        sample = await grow_trees(settings, results, llm, roots, Counter(root for short in rounds for root in short))
+        refills = Counter(root for short in rounds for root in short)
+        trees, sample = await grow_trees(settings, results, llm, roots, refills)
         if same and results.scorer_pairs.exists():  # further queries are no reason to train another scorer
             made = len(results.read_pairs())
             print(f"pairs:   {made:,} for the scorer, as made before")
         else:
             made = await make_pairs(settings, results, llm, roots, sample)
-        print_calls(llm, time.monotonic() - started)
+        asked = CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices))
+        asked.print()
+        results.keep_figures("step 1", asked, same, pairs=made, **trees.table())
         results.record.finish("step 1", refills=len(rounds), pairs=made)
         print("made:    " + ", ".join(str(made) for made in (results.queries, results.scorer_pairs) if made.exists()))
 
 
 async def grow_trees(
     settings: Settings, results: Results, llm: "LLM", roots: list[RootContext], refills: Counter[int]
-) -> list[Query]:
-    """Grows the trees of every root context and writes them; returns a random sample of their good queries.
+) -> tuple[TreeFigures, list[Query]]:
+    """Grows the trees of every root context and writes them; returns a random sample of their good queries, too.
 
     ``refills`` counts the further trees that step 2 wants from a root context.
     """
@@ -88,14 +92,18 @@ async def grow_trees(
         2 * len(pairs.NEGATIVES) * settings.negatives, settings.seed
     )  # twice: some come to nothing
     figures = TreeFigures()
-    with bar(sum(shares.values()), "trees", "queries") as progress, results.writing_trees() as write:
+    with (
+        bar(sum(shares.values()), "trees", "queries") as progress,
+        Panel("question", "about") as panel,
+        results.writing_trees() as write,
+    ):
 
         async def fill(root: RootContext) -> Grown:
             share = Share(progress, shares[root.root])
 
             async def ask(request: Request) -> Reply:
                 reply = await llm.ask(request)
-                progress.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
+                progress.set_postfix_str(llm.state, refresh=False)
                 share.fill(1)
                 return reply
 
@@ -108,9 +116,10 @@ async def grow_trees(
             figures.add(grown)
             for query in grown.good_queries:
                 sample.offer(query)
+                panel.show(query.text, query.context)
     write_lines(results.short_roots, figures.short)
     figures.print(results.short_roots)
-    return sample.kept
+    return figures, sample.kept
 
 
 async def make_pairs(

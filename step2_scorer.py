@@ -9,6 +9,7 @@ quota, refills.json (another tree for each, for step 1). Run it again and it con
 
 import contextlib
 import dataclasses
+import math
 import shutil
 from array import array
 from collections import Counter
@@ -27,6 +28,7 @@ from augcon.train.scores import KeptScores, key
 from config import Settings, load_settings, pick
 
 HELD_OUT = 0.1  # of the pairs, by whole articles
+SURE = 1.64  # standard deviations above chance, which chance alone passes once in twenty times
 CONTENT_OF_BASE = "content of the scorer's base model"
 
 
@@ -178,6 +180,13 @@ def print_accuracy(facts: Facts) -> None:
         if kind in facts.accuracy_after:
             number, after = facts.accuracy_after[kind]
             print_main(f"  {kind:<26} {number:>7,} {facts.accuracy_before[kind][1]:>7.3f} {after:>7.3f}")
+    number, after = facts.accuracy_after.get("all", (0, 1.0))
+    if number and after < (needed := 0.5 + SURE * math.sqrt(0.25 / number)):
+        print_main(
+            f"warning: on {number:,} held-out pairs the scorer is no better than chance ({after:.3f}; it would take "
+            f"{needed:.3f}), so the choice among queries is nearly random. Try a larger --scorer-model, more "
+            "--scorer-epochs or --negatives; or see scorer_pairs: are the worse questions worse?"
+        )
 
 
 def choose(settings: Settings, results: Results, roots: list[RootContext], scores: dict[str, float]) -> None:
@@ -203,6 +212,7 @@ def choose(settings: Settings, results: Results, roots: list[RootContext], score
                 hopeful = root.length >= settings.min_length and last_tree_added(queries, settings.rouge_threshold)
                 short.append(Short(root.root, missing, hopeful))
     dropped = Counter({fate: number for fate, number in counts.items() if fate != "kept"})
+    results.keep_figures("step 2", fates=counts)
     print(f"kept:    {counts['kept']:,} of {counts.total():,} queries; dropped: {format_counts(dropped) or 'none'}")
     order_refills(settings, results, roots, short)
     print(f"made:    {results.filtered_queries}, {results.scores}")

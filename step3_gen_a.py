@@ -20,10 +20,11 @@ from augcon.files import file_digest, read_lines, write_dataset, write_json, wri
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
-from augcon.progress import bar
+from augcon.progress import Panel, bar
 from augcon.run.inputs import answer_inputs, prompts_for, read_examples
+from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import format_counts, print_answers, print_calls, print_search
+from augcon.run.report import CallFigures, format_counts, print_answers, print_search
 from augcon.run.results import STEP_2, Results
 from augcon.text.prompts import load_prompts
 from augcon.text.units import Language
@@ -75,7 +76,7 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
             "model served": model,
             "sampling": llm.sampling,
         }
-        results.record.begin("step 3", inputs, results.made("step 3"), settings.redo)
+        same = results.record.begin("step 3", inputs, results.made("step 3"), settings.redo)
 
         calls = 2 * sum(len(search.trials()) for search in searches.values()) + len(queries)
         with bar(calls, "answers", "calls") as progress:
@@ -87,7 +88,10 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
             print_search(search)
         print_answers(answers, results.dropped_queries)
         write_data(settings, results, roots, answers)
-        print_calls(llm, time.monotonic() - started)
+        asked = CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices))
+        asked.print()
+        dropped = Counter(answer.reason for answer in answers if answer.text is None)
+        results.keep_figures("step 3", asked, same, queries=len(queries), dropped=dropped)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
     results.record.finish("step 3", queries=file_digest(results.filtered_queries))
 
@@ -117,11 +121,14 @@ async def answer_all(
     async def answer(query: Query) -> Answer:
         prompts, context = prompts_for(query.text, settings.language), texts.get(query.root, query.context)
         answered = await answer_query(llm.ask, prompts, shown[prompts.language], query, context, rules)
-        progress.set_postfix_str(f"{llm.counts['calls']:,} calls, {llm.in_flight} in flight", refresh=False)
+        progress.set_postfix_str(llm.state, refresh=False)
         progress.update()
+        if answered.text is not None:
+            panel.show(query.text, answered.text, context)
         return answered
 
-    answers = [answered async for _, answered in map_in_order(answer, queries, llm.servers.room)]
+    with Panel("question", "answer", "from") as panel:
+        answers = [answered async for _, answered in map_in_order(answer, queries, llm.servers.room)]
     articles = {number: root.article for number, root in roots.items()}
     return list(thin_out(answers, articles, settings.alike_answers)) if settings.alike_answers else answers
 

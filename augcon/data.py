@@ -164,7 +164,8 @@ class Request:
     ``max_tokens`` limits the reply. ``end`` are stop strings, ``text_end`` further ones for the completions endpoint,
     where a model would go on with a turn of its own. ``pattern`` is a regular expression that the reply should
     match; the server may hold it to that. ``root`` is the root context that it is about: earlier ones are asked about
-    first, and requests about the same one go to the same server.
+    first, and requests about the same one go to the same server. ``unusable`` are the replies so far that were of no
+    use, each after the reason.
     """
 
     messages: list[Message]
@@ -175,6 +176,7 @@ class Request:
     text_end: tuple[str, ...] = ()
     pattern: str | None = None
     root: int | None = None
+    unusable: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,8 +1,11 @@
 """Progress of long work: done, rate and time left; a line now and then where the output is no terminal."""
 
 import sys
+from types import TracebackType
 
 from tqdm import tqdm
+
+_SETTLED = 60.0  # seconds over which the rate is taken, so that the time left does not jump
 
 
 def bar(total: int, what: str, unit: str) -> "tqdm[None]":
@@ -10,13 +13,43 @@ def bar(total: int, what: str, unit: str) -> "tqdm[None]":
     live = sys.stderr.isatty()
     least, most = (0.2, 1) if live else (15, 60)  # seconds between two lines
     return tqdm(
-        total=total, desc=what, unit=f" {unit}", mininterval=least, maxinterval=most, dynamic_ncols=live, ncols=110
+        total=total,
+        desc=what,
+        unit=f" {unit}",
+        mininterval=least,
+        maxinterval=most,
+        smoothing=least / _SETTLED,
+        dynamic_ncols=live,
+        ncols=110,
     )
 
 
 def say(line: str) -> None:
     """Prints a line on standard output without breaking a bar that is there."""
     tqdm.write(line)
+
+
+class Panel:
+    """What was made last, below a bar; nothing where the output is no terminal."""
+
+    def __init__(self, *names: str) -> None:
+        self._lines = {
+            name: tqdm(position=place, bar_format="{desc}", mininterval=1, dynamic_ncols=True, leave=False)
+            for place, name in enumerate(names if sys.stderr.isatty() else (), 1)
+        }
+
+    def __enter__(self) -> "Panel":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for line in self._lines.values():
+            line.close()
+
+    def show(self, *texts: str) -> None:
+        """Shows a text beside each name, about once a second."""
+        for (name, line), text in zip(self._lines.items(), texts, strict=False):
+            line.set_description_str(f"  {name:<9}{' '.join(text.split())}", refresh=False)
+            line.update()
 
 
 class Share:

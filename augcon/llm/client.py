@@ -13,9 +13,10 @@ import stamina
 from pydantic import SecretStr
 
 from augcon.data import Refused, Reply, Request
-from augcon.errors import UserError
+from augcon.errors import UserError, one_line
 from augcon.llm import failures
 from augcon.llm.limit import now
+from augcon.llm.pace import Pace
 from augcon.llm.servers import Server, Servers, connections
 from augcon.llm.store import Store
 from augcon.text.prompts import as_text
@@ -23,7 +24,8 @@ from augcon.text.prompts import as_text
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
-_MANY = 20  # refused requests from which on it matters whether most are
+_MANY = 20  # refused requests, or asks, from which on it matters whether most are refused or their replies no use
+_HARDLY_ANY = 0.8  # of the first replies to a request that are no use, from which on there is no point in more
 # Sampling is AugCon's own; a model's generation_config.json would change it on some servers. vLLM knows more of it.
 _SAMPLING = {"top_p": 1}
 _VLLM_SAMPLING = {**_SAMPLING, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
@@ -50,7 +52,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     ``counts`` has the calls, the requests that were "replayed" from the store or "shared" a call, the retries by
     kind of failure, and the tokens. ``served`` maps the models served to the folders that vLLM read them from.
-    ``sampling`` has the parameters that are the same in every request.
+    ``sampling`` has the parameters that are the same in every request. ``pace`` has what was done by when.
     ``weights`` can be set to tell apart models that are served under the same name.
     """
 
@@ -61,6 +63,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self.served: dict[str, str] = {}
         self.sampling: dict[str, int] = _SAMPLING
         self.counts: Counter[str] = Counter()
+        self.pace = Pace()
+        self._pacing: asyncio.Task[None] | None = None
         addresses = [address for address in endpoint.api_base.split(",") if address.strip()] or [endpoint.api_base]
         most = max(1, connections(endpoint.max_in_flight) // len(addresses))
         servers = [Server(address, endpoint.api_key, most, endpoint.request_timeout) for address in addresses]
@@ -69,9 +73,13 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self._pending: dict[bytes, asyncio.Task[Reply]] = {}
         self._waiting = self._answered = 0
         self._refused: Counter[str] = Counter()  # by reason
+        self._unusable: Counter[str] = Counter()  # first replies to a request, by reason
+        self._first_replies = 0
         self._accepted: set[frozenset[str]] = set()  # sets of parameters that a server has answered
 
     async def __aexit__(self, *error: object) -> None:
+        if self._pacing:
+            self._pacing.cancel()
         await self.servers.close()
 
     @property
@@ -83,6 +91,17 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     def most_in_flight(self) -> int:
         """The most requests that were under way at once, over all servers."""
         return sum(server.most_under_way for server in self.servers.all)
+
+    @property
+    def state(self) -> str:
+        """What is going on, in words, for a progress bar."""
+        retries = sum(number for kind, number in self.counts.items() if kind.startswith("retries"))
+        refused = self._refused.total()
+        return (
+            f"{self.counts['calls']:,} calls, {self.in_flight:,} in flight, {self.pace.tokens_a_second():,.0f} tokens/s"
+            + (f", {retries:,} retries" if retries else "")
+            + (f", {refused:,} refused" if refused else "")
+        )
 
     async def connect(self, model: str, api_model: str = "") -> str:
         """Chooses the model to ask; returns the name under which it is served.
@@ -106,6 +125,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             if server.served and self.model not in server.served:
                 raise failures.unknown_model(self.model, server.api_base, server.served)
         self.servers.start()
+        self._pacing = asyncio.create_task(self._pace())
         for server, error in zip(servers, errors, strict=True):
             if error:
                 self.servers.leave_out(server, error)
@@ -113,11 +133,20 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             await _Attempts(self, self._body(_PROBE)).reply()
         return self.model
 
+    async def _pace(self) -> None:
+        started = now()
+        while True:
+            self.pace.sample(now() - started, self.counts)
+            await asyncio.sleep(1)
+
     async def ask(self, request: Request) -> Reply:
         """The reply to a request, from the store or the server.
 
-        Raises Refused when this request cannot be answered, UserError when no request can or most cannot.
+        Raises Refused when this request cannot be answered, UserError when no request can or most cannot, or when
+        hardly any reply was of use.
         """
+        if len(request.unusable) == 1:
+            self._stop_if_most_are_no_use(*request.unusable[0])
         self._waiting += 1
         try:
             reply = await self._stored_or_shared(request)
@@ -128,7 +157,19 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         finally:
             self._waiting -= 1
         self._answered += 1
+        self._first_replies += not request.unusable
         return reply
+
+    def _stop_if_most_are_no_use(self, reason: str, reply: str) -> None:
+        self._unusable[reason] += 1
+        useless = self._unusable.total()
+        if useless >= _MANY and useless > _HARDLY_ANY * self._first_replies:
+            reasons = ", ".join(f"{why} {times:,}" for why, times in self._unusable.most_common(3))
+            raise UserError(
+                f"{useless:,} of the first {self._first_replies:,} replies are of no use ({reasons}), such as "
+                f"{one_line(reply)!r}. Try another model; --structured-output, where the server is vLLM; another chat "
+                "template in the server, or --completions for a base model without one"
+            )
 
     def _stop_if_most_are_refused(self) -> None:
         refused, (reason, times) = self._refused.total(), self._refused.most_common(1)[0]

@@ -6,6 +6,7 @@ import heapq
 import itertools
 import re
 import resource
+import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
@@ -20,6 +21,7 @@ from augcon.progress import say
 
 READING = 0.5  # seconds between two readings of a server's figures
 PROBING = 1.0  # seconds between two probes of a server that does not answer
+_SILENCE = 20.0  # seconds without a reply from any server, and several times as long as any took, before that is said
 _IN_A_ROW = 8  # failures without a reply in between from which a server is taken to be out of order
 _OTHER_FILES = 200  # that a process may have open besides its connections
 _EXPERIENCE = 100  # replies from which on it is known how long one may take
@@ -32,6 +34,11 @@ def connections(wanted: int) -> int:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     return wanted if most == resource.RLIM_INFINITY else max(1, min(wanted, most - _OTHER_FILES))
+
+
+def clock(moment: float) -> str:
+    """A moment of the event loop's clock as the time of day."""
+    return time.strftime("%H:%M:%S", time.localtime(time.time() + moment - now()))
 
 
 class Server:
@@ -50,7 +57,7 @@ class Server:
         self.failing_since: float | None = None
         self.waiting: list[_Waiting] = []  # a heap
         self.first_tries: dict[asyncio.Timeout, float] = {}  # and when they began
-        self._longest = 0.0  # seconds of a reply
+        self.longest = 0.0  # seconds of a reply
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + 2)
         loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", api_base, re.IGNORECASE)
         self.client = openai.AsyncOpenAI(
@@ -79,7 +86,7 @@ class Server:
     def answered(self, seconds: float, size: int, wanted: bool) -> None:
         """Takes a reply of ``size`` characters into account."""
         self.alive()
-        self._longest = max(self._longest, seconds)
+        self.longest = max(self.longest, seconds)
         self.limit.answered(seconds, size, self.under_way, wanted)
 
     def alive(self) -> None:
@@ -98,7 +105,7 @@ class Server:
         """The first tries that take far longer than any reply so far: lost, or as soon to be had again."""
         if self.successes < _EXPERIENCE:
             return []
-        return [timeout for timeout, began in self.first_tries.items() if now() - began > 1.5 * self._longest]
+        return [timeout for timeout, began in self.first_tries.items() if now() - began > 1.5 * self.longest]
 
     async def read_figures(self) -> dict[str, float]:
         """Reads the figures of vLLM; none where there are none."""
@@ -128,7 +135,7 @@ class Servers:
     def start(self) -> None:
         """Begins to read the servers' figures."""
         self._readers = [asyncio.create_task(self._read(server)) for server in self.all]
-        self._readers.append(asyncio.create_task(self._hurry()))
+        self._readers += [asyncio.create_task(self._hurry()), asyncio.create_task(self._watch())]
 
     async def close(self) -> None:
         """Ends what goes on in the background, and the connections."""
@@ -233,6 +240,23 @@ class Servers:
             for timeout in () if self.wanted else itertools.chain(*(server.overdue() for server in self.all)):
                 timeout.reschedule(now())
 
+    async def _watch(self) -> None:
+        """Says that all servers are silent, and when they no longer are."""
+        heard, since, said = self.successes, now(), False
+        while True:
+            await asyncio.sleep(READING)
+            under_way = sum(server.under_way for server in self.all if server.up)
+            if self.successes > heard or not under_way:
+                if said and self.successes > heard:
+                    say(f"server:  replies come again after {now() - since:.0f} s")
+                heard, since, said = self.successes, now(), False
+            elif not said and now() - since > max(_SILENCE, *(3 * server.longest for server in self.all)):
+                said, timeout = True, self.all[0].limit.timeout
+                say(
+                    f"server:  no reply since {clock(since)}, with {under_way:,} requests under way; each is waited "
+                    f"for {timeout:.0f} s (--request-timeout)"
+                )
+
     # Servers that are not there
 
     def leave_out(self, server: Server, error: Exception) -> None:
@@ -247,21 +271,30 @@ class Servers:
 
     async def _wait_for(self, server: Server, error: Exception) -> None:
         since, said = server.failing_since or now(), False
+
+        def tell() -> None:
+            nonlocal said
+            if not said:
+                said = True
+                others = any(each.up for each in self.all)
+                until = "the others go on" if others else f"waiting for it until {clock(since + self._wait)}"
+                why = failures.describe(error)
+                say(f"server:  {server.api_base} has not answered since {clock(since)} ({why}); {until}")
+
+        soon = asyncio.get_running_loop().call_later(PROBING, tell)  # even where the probe hangs
         try:
             while not await self._is_there(server):
                 out = now() - since
                 if out >= self._wait and not any(each.up for each in self.all):
                     self._give_up(server, out, error)
                     return
-                if not said:
-                    said = True
-                    others = "the others go on" if any(each.up for each in self.all) else f"waiting {self._wait:.0f} s"
-                    say(f"server:  {server.api_base} does not answer ({failures.describe(error)}); {others}")
+                tell()
                 await asyncio.sleep(min(PROBING, max(self._wait - out, 0.1)) if out < self._wait else PROBING)
             if said:
                 say(f"server:  {server.api_base} answers again after {now() - since:.0f} s")
             server.up = True
         finally:
+            soon.cancel()
             del self._tasks[server]
         self.fill()
 

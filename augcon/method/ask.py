@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from augcon.data import Ask, Refused, Request
-from augcon.text.parse import Unparseable
+from augcon.text.parse import Improvable, Unparseable
 
 Parsed = TypeVar("Parsed")
 WARMER = 0.7  # the temperature of further tries if the first was at 0, where the same reply would come again
@@ -42,14 +42,18 @@ async def ask_until_parsed(ask: Ask, request: Request, tries: int, parse: Callab
             if reply.complete:
                 return Asked(parse(reply.text), attempt, reply=reply.text)
             asked = Asked(None, attempt, CUT_OFF, reply.text)
+            useless = [(CUT_OFF, reply.text)]
             cut_off += 1
             if cut_off == _MOST_CUT_OFF:
                 break
         except Unparseable as error:
             asked = Asked(None, attempt, str(error), reply.text)
+            useless = [] if isinstance(error, Improvable) else [(str(error), reply.text)]
         except Refused as error:
             return dataclasses.replace(asked, reason=str(error), refused=True)
         # Another sample, without stop strings: one of them may have cut the reply short.
         warm = request.temperature or WARMER
-        request = dataclasses.replace(request, sample=request.sample + 1, end=(), temperature=warm)
+        request = dataclasses.replace(
+            request, sample=request.sample + 1, end=(), temperature=warm, unusable=(*request.unusable, *useless)
+        )
     return asked

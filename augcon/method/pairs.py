@@ -10,7 +10,7 @@ from augcon.method.diversity import likeness
 from augcon.method.questions import ALIKE
 from augcon.method.tree import TreeRules, question_request
 from augcon.ordered import map_in_order
-from augcon.text.parse import Unparseable, parse_question
+from augcon.text.parse import Improvable, parse_question
 from augcon.text.prompts import Prompts
 
 PromptsFor = Callable[[int], Prompts]  # the prompts for a root context by its number
@@ -58,7 +58,7 @@ async def _make_pair(
     def read(reply: str) -> str:
         worse = parse_question(reply, prompts)
         if likeness(worse, query.text) >= ALIKE:
-            raise Unparseable("like the good one")
+            raise Improvable("like the good one")
         return worse
 
     request = question_request(prompts, root, query.context, rules, **NEGATIVES[kind])

@@ -13,7 +13,7 @@ from augcon.method import focus
 from augcon.method.ask import CUT_OFF, ask_until_parsed
 from augcon.method.diversity import DiverseQueries, rouge_l_precision
 from augcon.method.questions import COPY, CUT, Draft
-from augcon.text.parse import Unparseable, parse_question, parse_split
+from augcon.text.parse import Improvable, Unparseable, parse_question, parse_split
 from augcon.text.prompts import Prompts
 from augcon.text.units import length, sentences, words
 
@@ -123,7 +123,7 @@ async def _ask_about(
         halves = [_Part.of(first), _Part.of(_without_talk(second, part.words))]
         draft.outcome = _outcome_of_split(part, halves, rules)
         if draft.outcome != "done" and not single:
-            raise Unparseable(draft.outcome)
+            raise Improvable(draft.outcome)
         return halves
 
     request = Request(

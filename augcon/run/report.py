@@ -1,5 +1,6 @@
 """The figures at the end of a step."""
 
+import dataclasses
 import itertools
 import statistics
 from collections import Counter
@@ -13,6 +14,7 @@ from augcon.method.diversity import likeness
 from augcon.method.pairs import NEGATIVES
 from augcon.method.questions import COPY, CUT
 from augcon.method.tree import Grown, coverage
+from augcon.run.prices import Prices
 from augcon.text.units import language, length
 
 if TYPE_CHECKING:
@@ -55,6 +57,13 @@ class TreeFigures:
         if grown.shortfall:
             self.short.append({"root": grown.root.root, "quota": grown.root.quota, "reason": grown.shortfall})
 
+    def table(self) -> dict[str, Any]:
+        """The figures, for files."""
+        depths = max((len(of) for _, of in self.covered), default=1) - 1
+        covered = [round(self._covered(depth), 4) for depth in range(depths)]
+        lost = {"lost": dict(self.lost), "short_roots": len(self.short)}
+        return {**self.sums, "outcomes": dict(self.outcomes), **lost, "covered": covered}
+
     def print(self, short_roots: object) -> None:
         """Prints the figures; ``short_roots`` is the file that lists the roots short of their quota."""
         of = self.sums
@@ -76,16 +85,16 @@ class TreeFigures:
         rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
         print(f"roots:   {of['roots'] - len(self.short):,} of {of['roots']:,} have their quota{rest}")
 
+    def _covered(self, depth: int) -> float:
+        """The share of the corpus that asked leaves hold, of trees cut off below a depth; -1: with short parts."""
+        shares = ((length, of[min(depth, len(of) - 2)] if depth >= 0 else of[-1]) for length, of in self.covered)
+        return sum(length * share for length, share in shares) / sum(length for length, _ in self.covered)
+
     def _coverage(self) -> str:
-        """The share of the corpus that asked leaves hold, by depth; a tree that ends above stays as it is."""
-
-        def mean(depth: int) -> float:
-            shares = ((length, of[min(depth, len(of) - 2)] if depth >= 0 else of[-1]) for length, of in self.covered)
-            return sum(length * share for length, share in shares) / sum(length for length, _ in self.covered)
-
         depths = max(len(of) for _, of in self.covered) - 1
-        words = " ".join(f"{mean(depth):.2f}" for depth in range(depths))
-        return f"{words} of the text by asked leaves, by depth from 0; with parts too short to be asked {mean(-1):.2f}"
+        words = " ".join(f"{self._covered(depth):.2f}" for depth in range(depths))
+        share = f"{self._covered(-1):.2f}"
+        return f"{words} of the text by asked leaves, by depth from 0; with parts too short to be asked {share}"
 
 
 def print_pairs(pairs: Sequence[ScorerPair], lost: Counter[str]) -> None:
@@ -134,19 +143,61 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
         print(f"pair:    {one_line(answer.query.text, 160)} → {one_line(answer.text, 160)}")
 
 
-def print_calls(llm: "LLM", seconds: float) -> None:
-    """Prints the figures of the client, and of vLLM's prefix cache and speculation where it tells them."""
-    retries = Counter({kind: number for kind, number in llm.counts.items() if kind.startswith("retries")})
-    calls, prompt = llm.counts["calls"], llm.counts["prompt tokens"]
-    cached = llm.counts["cached tokens"] or llm.servers.gained("prefix_cache_hits")
-    drafted, accepted = map(llm.servers.gained, ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"))
-    print(
-        f"calls:   {calls:,} in this run ({calls / seconds:.0f}/s, up to {llm.most_in_flight:,} in flight), "
-        f"{llm.counts['replayed']:,} replayed from the store, {llm.counts['shared']:,} shared by equal requests, "
-        f"{prompt:,} prompt tokens"
-        + (f" ({min(1, cached / prompt):.0%} from the prefix cache)" if cached and prompt else "")
-        + f" and {llm.counts['reply tokens']:,} reply tokens"
-        + (f" ({accepted / drafted:.0%} of {drafted:,.0f} speculative tokens accepted)" if drafted else "")
-        + (f", {format_counts(retries)}" if retries else "")
-        + f"; {seconds:.0f} s"
-    )
+@dataclasses.dataclass(frozen=True)
+class CallFigures:
+    """What asking the LLM took in one run of a step; tokens, seconds, and ``cost`` in the money of the prices.
+
+    ``pace`` has samples of seconds since the start, calls and written tokens.
+    """
+
+    seconds: float
+    calls: int
+    replayed: int
+    shared: int
+    most_in_flight: int
+    prompt_tokens: int
+    cached_tokens: int
+    written_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    retries: dict[str, int]
+    cost: float | None
+    pace: list[tuple[float, int, int]]
+
+    @classmethod
+    def of(cls, llm: "LLM", seconds: float, prices: Prices | None) -> "CallFigures":
+        """The figures of the client, and of vLLM's prefix cache and speculation where it tells them."""
+        counts, gained = llm.counts, llm.servers.gained
+        prompt, written = counts["prompt tokens"], counts["reply tokens"]
+        cached = min(prompt, counts["cached tokens"] or int(gained("prefix_cache_hits")))
+        return cls(
+            seconds=round(seconds, 1),
+            calls=counts["calls"],
+            replayed=counts["replayed"],
+            shared=counts["shared"],
+            most_in_flight=llm.most_in_flight,
+            prompt_tokens=prompt,
+            cached_tokens=cached,
+            written_tokens=written,
+            drafted_tokens=int(gained("spec_decode_num_draft_tokens")),
+            accepted_tokens=int(gained("spec_decode_num_accepted_tokens")),
+            retries={kind[9:]: number for kind, number in counts.items() if kind.startswith("retries: ")},
+            cost=prices.of(prompt, cached, written) if prices else None,
+            pace=llm.pace.samples,
+        )
+
+    def print(self) -> None:
+        """Prints them on one line."""
+        drafted, prompt = self.drafted_tokens, self.prompt_tokens
+        retries = Counter({f"retries: {kind}": number for kind, number in self.retries.items()})
+        print(
+            f"calls:   {self.calls:,} in this run ({self.calls / self.seconds:.0f}/s, up to {self.most_in_flight:,} in "
+            f"flight), {self.replayed:,} replayed from the store, {self.shared:,} shared by equal requests, "
+            f"{prompt:,} prompt tokens"
+            + (f" ({self.cached_tokens / prompt:.0%} from the prefix cache)" if self.cached_tokens else "")
+            + f" and {self.written_tokens:,} reply tokens"
+            + (f" ({self.accepted_tokens / drafted:.0%} of {drafted:,} speculative tokens accepted)" if drafted else "")
+            + (f", {format_counts(retries)}" if retries else "")
+            + f"; {self.seconds:.0f} s"
+            + ("" if self.cost is None else f"; cost {self.cost:,.2f}")
+        )

@@ -2,17 +2,32 @@
 
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import itertools
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
-from augcon.files import digest, json_line, new_file, read_dataset, read_entries, read_lines, write_dataset
+from augcon.files import (
+    digest,
+    json_line,
+    new_file,
+    read_dataset,
+    read_entries,
+    read_json,
+    read_lines,
+    write_dataset,
+    write_json,
+)
 from augcon.run.record import Record
+
+if TYPE_CHECKING:
+    from augcon.run.report import CallFigures
 
 Ids = defaultdict[tuple[str, str | None], list[str]]  # by context and query; of some nodes both are the same
 STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
@@ -59,6 +74,7 @@ class Results:
         self.judge = self.folder / "judge.json"  # their means
         self.judge_plot = self.folder / "judge.png"
         self.server_log = self.folder / "server.log"
+        self.figures = self.folder / "figures.json"  # of each step, as it printed them
 
     def made(self, stage: str) -> list[Path]:
         """What making a stage again would replace: what it has made, and what was made from that."""
@@ -86,6 +102,16 @@ class Results:
             except OSError as error:
                 raise UserError(f"another run is using {self.folder}; wait, or choose another --results") from error
             yield
+
+    def keep_figures(self, stage: str, asked: "CallFigures | None" = None, same: bool = False, **figures: Any) -> None:
+        """Keeps the figures of a stage; what it ``asked`` in this run, after earlier runs if it is the ``same``."""
+        known = read_json(self.figures, dict[str, Any], "the steps") if self.figures.exists() else {}
+        runs = known.get(stage, {}).get("asked", []) if same else []
+        if asked and (asked.calls or not runs):
+            runs = [*runs, dataclasses.asdict(asked)]
+        finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        entry = {"finished": finished, **figures} | ({"asked": runs} if runs else {})
+        write_json(self.figures, {**known, stage: entry})
 
     def read_contexts(self) -> list[RootContext]:
         """The root contexts, as step 1 wrote them."""

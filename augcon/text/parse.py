@@ -29,6 +29,10 @@ class Unparseable(Exception):
     """The reply has no usable content. The message is the reason in a few words, so that reasons can be counted."""
 
 
+class Improvable(Unparseable):
+    """The reply has the form that was asked for, but a better one is worth a try."""
+
+
 def parse_split(reply: str, prompts: Prompts) -> Split:
     """The query and its context's halves, stripped; a half may be empty. Raises Unparseable if a part is missing."""
     question, *halves = _parts(reply, prompts)

@@ -13,7 +13,7 @@ import transformers
 from augcon.errors import UserError, one_line
 from augcon.files import digest
 from augcon.hub import COMPANIONS
-from augcon.train.ranks import waiting_group
+from augcon.train.ranks import print_main, waiting_group
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which is imported later
@@ -38,6 +38,7 @@ def start_processes(gpus: int = 0) -> None:
                 "update the NVIDIA driver, or PyTorch with bash install.sh, or train on the CPU with "
                 "CUDA_VISIBLE_DEVICES= (empty)"
             ) from error
+    print_main("loading: DeepSpeed and the libraries of the model")
     import deepspeed  # slow, and noisy where there is no GPU
 
     transformers.logging.set_verbosity_error()
@@ -149,6 +150,7 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
 
     ``kind`` is one of Transformers' auto classes. Raises UserError when the model cannot be loaded.
     """
+    print_main(f"loading: the weights of {model!r}")
     try:
         loaded = kind.from_pretrained(
             model,
