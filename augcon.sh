@@ -56,7 +56,7 @@ done
 
 bash "$home/install.sh"
 way="$(plan way)"
-read -r server scorer gpus results <<<"$way"
+read -r server scorer gpus run results <<<"$way"
 if [ "$server" = demo ]; then
     export AUGCON_DEMO=1
     echo "This is a DEMONSTRATION: queries and answers come from rules, not from an LLM, and show only the form."
@@ -74,6 +74,10 @@ if [ "$scorer" = tiny ]; then
     export AUGCON_SCORER_LEARNING_RATE="${AUGCON_SCORER_LEARNING_RATE:-3e-3}"
 fi
 plan check
+if [ "$run" = dry ]; then
+    make_queries # a trial, which goes on to answers
+    exit
+fi
 
 last=none
 while next_step; do # step 2 may send root contexts back to step 1

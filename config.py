@@ -59,6 +59,7 @@ class Settings(BaseSettings):
 
     results: str = _shared("results", "folder for the results; one folder for each corpus and model", min_length=1)
     model: str = _shared("Qwen/Qwen1.5-32B-Chat", "base model to serve and tune, a hub name or folder", min_length=1)
+    dry_run: bool = _shared(False, "tell what it would take, from a trial of a minute or two where a model is asked")
     redo: bool = _shared(False, "agree that results made with other settings, examples or texts are replaced")
     seed: int = _seed(42, "seed of every random choice and of the server's sampling", ge=0, lt=2**31)
 
@@ -91,12 +92,12 @@ class Settings(BaseSettings):
         "money for a million tokens: in prompts, in prompts from the server's cache, written; such as 0.5,0.05,1.5",
         pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?){2})?$",
     )
+    speed: float = _server(0, "tokens written a second, for the times of --dry-run; 0: as in its trial", ge=0)
     server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 
     demo: bool = _serving(False, "serve the demonstration engine, which answers by rules and is not an LLM")
     tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as few as leave room to batch", ge=0)
     serve_arguments: str = _serving("", "further arguments for vLLM, in one string")
-    dry_run: bool = _serving(False, "tell how the model would be spread over the GPUs, and start nothing")
 
     split: Literal["rewrite", "focus"] = _trees(
         "rewrite",

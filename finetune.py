@@ -68,6 +68,9 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         on_main(lambda: stack.enter_context(output.held()))
         inputs = on_main(lambda: prepare(settings, output))
+        if settings.dry_run:
+            on_main(lambda: inputs and room_for_activations(settings, inputs))
+            return
         if inputs:
             train(settings, output, inputs)
         else:
@@ -187,25 +190,33 @@ def train(settings: Settings, output: Results, inputs: Inputs) -> None:
     from datasets import Dataset
 
     from augcon.train import base as training
-    from augcon.train import memory, sft
+    from augcon.train import sft
     from augcon.train.loop import TrainingRules
 
-    quantize = inputs.trained_with.quantize
-    model = sft.load_model(inputs.base, quantize, inputs.trained_with.base, settings.seed)
-
-    kept = 0 if training.device().type == "cuda" else math.inf
-    if training.can_bf16():
-        shape, card = memory.shape_of(inputs.base), training.gpu_memory(settings.gpu_memory)
-        kept = memory.most_kept(shape, quantize, card)
-        print_main(
-            f"memory:  weights and adapter take about {memory.estimate(shape, quantize, 0, keep=True) / 2**30:.0f} of "
-            f"{card / 2**30:.0f} GiB by estimate; passes of up to {kept:,} tokens keep their activations"
-        )
+    kept = room_for_activations(settings, inputs)
+    model = sft.load_model(inputs.base, inputs.trained_with.quantize, inputs.trained_with.base, settings.seed)
     tokenizer, rules = training.load_tokenizer(str(inputs.base)), pick(TrainingRules, settings)
     examples, held_out = (Dataset.from_file(str(file)) for file in inputs.files)
     log, words = sft.tune(model, tokenizer, examples, held_out, rules, output.checkpoints, settings.max_tokens, kept)
     print_main(f"trained: {words}")
     on_main(lambda: save(output, inputs, model, log))
+
+
+def room_for_activations(settings: Settings, inputs: Inputs) -> float:
+    """The tokens of the largest pass whose activations can be kept, by estimate; prints what the memory is for."""
+    from augcon.train import base as training
+    from augcon.train import memory
+
+    if not training.can_bf16():
+        return 0 if training.device().type == "cuda" else math.inf
+    quantize, shape = inputs.trained_with.quantize, memory.shape_of(inputs.base)
+    card = training.gpu_memory(settings.gpu_memory)
+    kept = memory.most_kept(shape, quantize, card)
+    print_main(
+        f"memory:  weights and adapter take about {memory.estimate(shape, quantize, 0, keep=True) / 2**30:.0f} of "
+        f"{card / 2**30:.0f} GiB by estimate; passes of up to {kept:,} tokens keep their activations"
+    )
+    return kept
 
 
 def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]]) -> None:

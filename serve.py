@@ -7,7 +7,8 @@
 The second form serves only while the command after -- runs, at a free port that the command finds in
 AUGCON_API_BASE, and ends with the command's status. However it ends, the server is stopped and the memory of the GPUs
 is free again. The server's log is server.log in the results folder. The third form tells how the model would be spread
-over the GPUs; it starts nothing, and downloads no more than the model's .json files.
+over the GPUs; it starts nothing, and downloads no more than the model's .json files. With a command, the demonstration
+engine answers it.
 """
 
 import os
@@ -46,8 +47,11 @@ def main() -> None:
         layout, description = plan(model, settings)
         name = settings.api_model or settings.model
         serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments)
-    if settings.dry_run:
-        print(f"download: {model.to_download() if model else 'nothing'}\ncommand: {shlex.join(serving)}")
+    if settings.dry_run and model:
+        print(f"download: {model.to_download()}\ncommand: {shlex.join(serving)}")
+        model, description = None, "the demonstration engine, whose replies are from rules, in its place for the trial"
+        serving = python_module("augcon.demo.engine", port)
+    if settings.dry_run and not command:
         return
     if model:
         model.download()

@@ -21,6 +21,7 @@ from augcon.llm.store import Store
 from augcon.method import pairs
 from augcon.method.tree import Grown, TreeRules, fill_root
 from augcon.ordered import map_in_order
+from augcon.preflight import try_step_1
 from augcon.progress import Panel, Share, bar
 from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
 from augcon.run.prices import Prices
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 @stage
 def main() -> None:
-    run_recipe(make_queries, load_settings(__doc__, "step 1", "corpus", "server"))
+    settings = load_settings(__doc__, "step 1", "corpus", "server")
+    run_recipe(try_step_1 if settings.dry_run else make_queries, settings)
 
 
 async def make_queries(settings: Settings, results: Results, store: Store) -> None:

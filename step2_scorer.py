@@ -64,6 +64,10 @@ def main() -> None:
             stack.enter_context(results.held())
             results.record.check("step 2", settings.inputs("step 2"), results.made("step 2"), settings.redo)
         roots, pairs = read_step_1(results)  # what is wrong with the input is reported before anything slow
+        if settings.dry_run:
+            learnt, epochs = round((1 - HELD_OUT) * len(pairs)), settings.scorer_epochs
+            print_main(f"scorer:  would learn from about {learnt:,} pairs in {epochs:,} epochs, unless it is there")
+            return
         from augcon.train.base import start_processes
 
         start_processes(len(visible_gpus()))

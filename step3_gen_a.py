@@ -20,6 +20,7 @@ from augcon.files import file_digest, read_lines, write_dataset, write_json, wri
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
+from augcon.preflight import try_step_3
 from augcon.progress import Panel, bar
 from augcon.run.inputs import answer_inputs, prompts_for, read_examples
 from augcon.run.prices import Prices
@@ -49,7 +50,8 @@ class Scored:
 
 @stage
 def main() -> None:
-    run_recipe(make_answers, load_settings(__doc__, "step 3", "server"))
+    settings = load_settings(__doc__, "step 3", "server")
+    run_recipe(try_step_3 if settings.dry_run else make_answers, settings)
 
 
 async def make_answers(settings: Settings, results: Results, store: Store) -> None:

@@ -181,10 +181,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back. ``complete`` is false when the server cut it off (``finish_reason`` "length")."""
+    """What came back, and the tokens that it took, those of the prompt in the server's cache counted twice.
+
+    ``complete`` is false when the server cut it off (``finish_reason`` "length").
+    """
 
     text: str
     complete: bool
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    written_tokens: int = 0
 
 
 Ask = Callable[[Request], Awaitable[Reply]]

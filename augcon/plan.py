@@ -2,7 +2,8 @@
 
     python -m augcon.plan way [FLAGS…]
 
-prints who serves, what the scorer is made of, the number of GPUs and the results folder; ``check`` in place of
+prints who serves, what the scorer is made of, the number of GPUs, whether it is a dry run and the results folder;
+``check`` in place of
 ``way`` refuses what could not be run to its end, and leaves the root contexts for step 1; ``next`` prints the number of
 the first step that has something to do, or none.
 """
@@ -34,13 +35,14 @@ def main() -> None:
 
 
 def way(settings: Settings, gpus: int) -> str:
-    """Who serves, the scorer's base, the number of GPUs, and the results folder.
+    """Who serves, the scorer's base, the number of GPUs, whether it is a "dry" run, and the results folder.
 
     The scorer is "tiny" where the model cannot be trained, else the settings' "own".
     """
     server = server_of(settings, gpus)
     trains = settings.scorer_model or server == "vllm" or (server == "given" and gpus)
-    return f"{server} {'own' if trains else 'tiny'} {gpus} {Path(settings.results)}"
+    run = "dry" if settings.dry_run else "real"
+    return f"{server} {'own' if trains else 'tiny'} {gpus} {run} {Path(settings.results)}"
 
 
 def server_of(settings: Settings, gpus: int) -> str:

@@ -72,7 +72,7 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         gpus = fake_gpus(tmp_path, int(number), **{"total": memory, "name": name, "link": link, **facts})
         monkeypatch.setenv("PATH", f"{gpus}{os.pathsep}{search}")
         model, results = fake_model(tmp_path / "model", weights, **shape), tmp_path / "results"
-        command = [ROOT / "serve.py", "--dry-run", "--model", model, "--results", results, *flags, "--", "false"]
+        command = [ROOT / "serve.py", "--dry-run", "--model", model, "--results", results, *flags]
         monkeypatch.setattr(sys, "argv", list(map(str, command)))
         try:
             status, error = serve.main() or 0, ""

@@ -41,15 +41,16 @@ def settings(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Settings]:
 
 def test_who_serves_and_what_scores(settings: Callable[..., Settings]):
     server = "http://127.0.0.1:1/v1"
-    assert way(settings(), 0) == "demo tiny 0 results"
-    assert way(settings(), 2) == "vllm own 2 results"
-    assert way(settings("--results", "a b/"), 0) == "demo tiny 0 a b"
-    assert way(settings("--demo"), 2) == "demo tiny 2 results"
-    assert way(settings("--demo", "--scorer-model", "m"), 2) == "demo own 2 results"
-    assert way(settings("--no-demo"), 0) == "vllm own 0 results"
-    assert way(settings("--api-base", server), 0) == "given tiny 0 results"
-    assert way(settings("--api-base", server), 2) == "given own 2 results"
-    assert way(settings(AUGCON_API_BASE=server, AUGCON_SCORER_MODEL="m"), 0) == "given own 0 results"
+    assert way(settings(), 0) == "demo tiny 0 real results"
+    assert way(settings(), 2) == "vllm own 2 real results"
+    assert way(settings("--results", "a b/"), 0) == "demo tiny 0 real a b"
+    assert way(settings("--demo"), 2) == "demo tiny 2 real results"
+    assert way(settings("--demo", "--scorer-model", "m"), 2) == "demo own 2 real results"
+    assert way(settings("--dry-run"), 0) == "demo tiny 0 dry results"
+    assert way(settings("--no-demo"), 0) == "vllm own 0 real results"
+    assert way(settings("--api-base", server), 0) == "given tiny 0 real results"
+    assert way(settings("--api-base", server), 2) == "given own 2 real results"
+    assert way(settings(AUGCON_API_BASE=server, AUGCON_SCORER_MODEL="m"), 0) == "given own 0 real results"
 
 
 # Which step has something to do

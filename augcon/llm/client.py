@@ -231,10 +231,10 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             text = (choice["text"] if self.endpoint.completions else choice["message"].get("content")) or ""
             if not isinstance(text, str):
                 raise TypeError
-            reply = Reply(text, complete=choice["finish_reason"] not in _CUT_OFF)
-            self.counts["prompt tokens"] += usage.get("prompt_tokens") or 0
-            self.counts["cached tokens"] += (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            self.counts["reply tokens"] += usage.get("completion_tokens") or 0
+            prompt, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
+            reply = Reply(text, choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
         self._accepted.add(frozenset(body))

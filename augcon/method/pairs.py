@@ -39,7 +39,7 @@ async def make_pairs(
 
     async def pair(drawn: tuple[str, Query]) -> ScorerPair | str:
         kind, query = drawn
-        return await _make_pair(ask, prompts_for(query.root), roots[query.root], rules, kind, query)
+        return await make_pair(ask, prompts_for(query.root), roots[query.root], rules, kind, query)
 
     order = random.Random(seed).sample(queries, len(queries))
     third = len(order) // len(NEGATIVES)
@@ -52,9 +52,11 @@ async def make_pairs(
             yield outcome
 
 
-async def _make_pair(
+async def make_pair(
     ask: Ask, prompts: Prompts, root: RootContext, rules: TreeRules, kind: str, query: Query
 ) -> ScorerPair | str:
+    """A query and a worse one, or why it makes no pair."""
+
     def read(reply: str) -> str:
         worse = parse_question(reply, prompts)
         if likeness(worse, query.text) >= ALIKE:

@@ -64,8 +64,8 @@ class TreeFigures:
         lost = {"lost": dict(self.lost), "short_roots": len(self.short)}
         return {**self.sums, "outcomes": dict(self.outcomes), **lost, "covered": covered}
 
-    def print(self, short_roots: object) -> None:
-        """Prints the figures; ``short_roots`` is the file that lists the roots short of their quota."""
+    def print(self, short_roots: object = None) -> None:
+        """Prints the figures; ``short_roots`` is the file that lists the roots short of their quota, if any does."""
         of = self.sums
         print(
             f"trees:   {self.outcomes.total():,} nodes in {of['passes']:,} passes: {format_counts(self.outcomes)}"
@@ -82,7 +82,7 @@ class TreeFigures:
             + (f"; {of['doubtful']:,} doubtful: see doubt in nodes.jsonl" if of["doubtful"] else "")
             + (f"; {of['copies']:,} copies of the question above left out" if of["copies"] else "")
         )
-        rest = f"; the others are listed with the reason in {short_roots}" if self.short else ""
+        rest = f"; the others are listed with the reason in {short_roots}" if self.short and short_roots else ""
         print(f"roots:   {of['roots'] - len(self.short):,} of {of['roots']:,} have their quota{rest}")
 
     def _covered(self, depth: int) -> float:
@@ -126,7 +126,7 @@ def print_search(search: Search) -> None:
     )
 
 
-def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
+def print_answers(answers: Sequence[Answer], dropped_queries: object = None) -> None:
     """Prints the figures of the answers and a pair in each language; ``dropped_queries`` lists those without one."""
     kept = [answer for answer in answers if answer.text is not None]
     dropped = Counter(answer.reason for answer in answers if answer.text is None)
@@ -134,7 +134,8 @@ def print_answers(answers: Sequence[Answer], dropped_queries: object) -> None:
     print(
         f"answers: {len(kept):,} of {len(answers):,} queries"
         + (f"; asked again {again:,} times" if again else "")
-        + (f"; dropped: {format_counts(dropped)}, listed in {dropped_queries}" if dropped else "")
+        + (f"; dropped: {format_counts(dropped)}" if dropped else "")
+        + (f", listed in {dropped_queries}" if dropped and dropped_queries else "")
     )
     if kept:
         mean = statistics.fmean(length(answer.text or "") for answer in kept)
