@@ -86,8 +86,8 @@ def training_arguments(output: Path, rules: TrainingRules, steps: int) -> dict[s
 class _Progress(transformers.TrainerCallback):
     """The progress of a Trainer in AugCon's own bar; marks each checkpoint once all processes have written it."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, tokens: int) -> None:
+        self.what, self.tokens = what, tokens  # in the whole training
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -102,7 +102,9 @@ class _Progress(transformers.TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if self.bar and "loss" in logs:
-            self.bar.set_postfix_str(f"epoch {logs['epoch']:.1f}, loss {float(logs['loss']):.3f}", refresh=False)
+            speed = (self.bar.format_dict["rate"] or 0) * self.tokens / self.bar.total
+            shown = f"epoch {logs['epoch']:.1f}, loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s"
+            self.bar.set_postfix_str(shown, refresh=False)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         barrier()
@@ -121,7 +123,7 @@ def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: 
     in memory or diverges.
     """
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(_Progress(what))
+    trainer.add_callback(_Progress(what, tokens))
     try:
         seconds = max(trainer.train(resume_from_checkpoint=last).metrics["train_runtime"], 1e-9)
     except torch.cuda.OutOfMemoryError as error:
