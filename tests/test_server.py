@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -166,6 +167,29 @@ def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_pat
     assert "--enable-prompt-tokens-details" in given  # the share of the prefix cache is told
     assert "VLLM_ENGINE_READY_TIMEOUT_S=7200" in (tmp_path / "environment").read_text().splitlines()
     assert len((tmp_path / "questions").read_text()) == 4  # until the memory is free, and no longer
+
+
+def test_in_a_dry_run_with_a_command_rules_stand_in_for_the_model(tmp_path: Path, mark: Mark):
+    model = fake_model(tmp_path / "model", 15_231_233_024, **QWEN_7B)
+    mark.environment["PATH"] = with_path(fake_gpus(tmp_path, 2))
+    flags = [
+        "--results",
+        tmp_path / "r",
+        "--dry-run",
+        "--corpus",
+        ROOT / "qa_examples.jsonl",
+        "--text-field",
+        "context",
+    ]
+    trial = [sys.executable, ROOT / "step1_gen_q.py", *flags]
+    done = ended(serve(mark, "--model", model, *flags, "--", *trial), 120)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"spread: +2 copies on 1 GPU each", done.stdout) and "vllm" in done.stdout
+    assert "rules, in its place for the trial" in done.stdout
+    foretold = next(line for line in done.stdout.split("\n") if line.startswith("in all:"))
+    assert (
+        "calls" in foretold and "on disk" in foretold and not foretold.endswith(" s")
+    )  # of the rules, the time is none
 
 
 def test_a_server_that_takes_only_short_prompts_is_pointed_out(tmp_path: Path, mark: Mark):
