@@ -75,6 +75,8 @@ class Results:
         self.judge_plot = self.folder / "judge.png"
         self.server_log = self.folder / "server.log"
         self.figures = self.folder / "figures.json"  # of each step, as it printed them
+        self.report = self.folder / "report.html"
+        self.review = self.folder / "review.jsonl"  # the marks that a person set in the report
 
     def made(self, stage: str) -> list[Path]:
         """What making a stage again would replace: what it has made, and what was made from that."""

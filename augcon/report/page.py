@@ -1,0 +1,86 @@
+"""The report as one HTML file, which asks for nothing from outside.
+
+What a model or a corpus wrote is only in the compressed parts, and the script shows it as text alone. So no markup in
+it can become part of the page. A policy in the page's head forbids all other scripts, and all requests.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+from array import array
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from augcon.report.charts import Rates, draw_charts
+from augcon.report.gather import Columns, Gathered, pack
+from augcon.report.questions import KINDS
+
+_FOLDER = Path(__file__).parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of the run: its folder, a name for its marks, its record, figures, search and versions."""
+
+    folder: str
+    run: str
+    stages: Mapping[str, Any]
+    figures: Mapping[str, Any]
+    search: Mapping[str, Any]
+    short_roots: list[Mapping[str, Any]]
+    versions: Mapping[str, str]
+
+
+def write_page(file: IO[str], gathered: Gathered, facts: Facts) -> None:
+    """Writes the page, part by part."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    texts = tomllib.loads((_FOLDER / f"{gathered.language}.toml").read_text(encoding="utf-8"))
+    script = (_FOLDER / "page.js").read_text(encoding="utf-8")
+    environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
+    rates: Rates = {step: figures["rate"] for step, figures in facts.figures.items() if figures.get("rate")}
+    parts = environment.get_template("page.html").generate(
+        t=texts,
+        language=gathered.language,
+        script=script,
+        hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
+        charts=draw_charts(gathered, rates, texts),
+        index=_base64(pack(json.dumps(_index(gathered, facts, texts), ensure_ascii=False))),
+        chunks=map(_base64, gathered.chunks),
+    )
+    file.writelines(parts)
+
+
+def _base64(packed: bytes) -> str:
+    return base64.b64encode(packed).decode()
+
+
+def _index(gathered: Gathered, facts: Facts, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What the page knows from the start. It is large at most by the columns."""
+    return {
+        "texts": texts,
+        "kinds": KINDS,
+        **dataclasses.asdict(facts),
+        "has": gathered.has,
+        "counts": gathered.counts,
+        "losses": [dataclasses.asdict(loss) for loss in gathered.losses],
+        "alike": [dataclasses.asdict(alike) for alike in gathered.alike],
+        "titles": gathered.titles,
+        "pairs": _columns(gathered.pairs, leave_out=("context", "share")),
+        "roots": _columns(gathered.roots),
+        "articles": _columns(gathered.articles),
+    }
+
+
+def _columns(columns: Columns, leave_out: tuple[str, ...] = ()) -> dict[str, list[float | None]]:
+    return {name: _numbers(column) for name, column in columns.of.items() if name not in leave_out}
+
+
+def _numbers(column: "array[float]") -> list[float | None]:
+    """Numbers as JSON can say them, in few characters."""
+    return [None if math.isnan(value) else int(value) if value.is_integer() else round(value, 4) for value in column]
