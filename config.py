@@ -171,6 +171,9 @@ class Settings(BaseSettings):
     candidates: int = _answers(16, "sets of examples that the search tries (paper 3.4)", ge=1, le=10_000)
 
     data: str = _files("", "pairs to train on: a saved dataset or file of question and answer; empty: sft_data")
+    review: str = _files(
+        "", "review.jsonl, saved from report.html: its bad pairs are left out, its edits taken; empty: none"
+    )
     output: str = _files("", "folder for the results of finetune.py (else --results) or merge.py (else sft_model)")
     epochs: int = _tuning(4, "epochs over the pairs (paper 4.1)", ge=1, le=1000)
     batch: int = _tuning(4, "pairs per GPU and step on average, as they are packed by length (paper 4.1)", ge=1)

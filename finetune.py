@@ -1,13 +1,15 @@
 """Fine-tunes the model on questions and answers: LoRA under DeepSpeed ZeRO-2 (paper 4.1).
 
 Over the base in NF4 (QLoRA) where it does not fit on a GPU in bf16. Reads results/sft_data, or with --data any saved
-dataset or .jsonl, .json, .csv or .parquet file with the fields question and answer. Writes into results/, or the
+dataset or .jsonl, .json, .csv or .parquet file with the fields question and answer. With --review, pairs that you have
+marked as bad in report.html are left out, and those that you have edited are taken as edited. Writes into results/, or the
 folder --output: ckpts (a checkpoint for each epoch), LoRA (the adapter), log.json (the losses), loss.png, and in
 run.json how it was trained. Run it again and it continues from the last checkpoint. Another base, other settings or
 other pairs need another --output, or --redo to replace what is there.
 
     deepspeed --num_gpus 8 finetune.py
     deepspeed --num_gpus 8 finetune.py --data my_pairs.jsonl --output results/second
+    deepspeed --num_gpus 8 finetune.py --review review.jsonl
 """
 
 import contextlib
@@ -25,7 +27,8 @@ from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
 from augcon.run.corpus import read_all
 from augcon.run.record import Record
-from augcon.run.results import Results
+from augcon.run.results import STEP_3, Results
+from augcon.run.review import Reviewed, apply_review, read_review
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
 
@@ -40,6 +43,7 @@ class Origin:
     """What is read of a line of sft_origins.jsonl: the text that a question is about."""
 
     question: str
+    id: str | None = None
     article: int | None = None
     root: int | None = None
 
@@ -86,11 +90,15 @@ def prepare(settings: Settings, output: Results) -> Inputs | None:
     from augcon.train.sft import ENCODED
 
     results = Results(settings.results)
-    pairs = read_data(settings, results)
+    reviewed, origins = read_reviewed(settings, results)
+    pairs = reviewed.pairs
     base = model_folder(settings.model)
     trained_with = how_loaded(settings, base)
     # Questions about one text have much in common; of fewer than 20 texts, one would be too large a part of the data.
-    units = {**texts_of(pairs, results), "single pairs, as their texts are few or not known": range(len(pairs))}
+    units = {
+        **texts_of([origins[place] for place in reviewed.places]),
+        "single pairs, as their texts are few or not known": range(len(pairs)),
+    }
     learnt, held_out, words = hold_out(pairs, units, settings.held_out, settings.seed, many=20)
     made_with = {
         **settings.inputs(STAGE),
@@ -143,12 +151,31 @@ def read_data(settings: Settings, results: Results) -> list[Pair]:
     return read_all(str(source), Pair, "--data")
 
 
-def texts_of(pairs: list[Pair], results: Results) -> dict[str, Sequence[int | None]]:
-    """The article and root context of every pair; None where sft_origins.jsonl of the results folder has none."""
-    rows = read_lines(results.sft_origins, Origin, "step3_gen_a.py") if results.sft_origins.exists() else ()
+def read_reviewed(settings: Settings, results: Results) -> tuple[Reviewed, list[Origin]]:
+    """The pairs as --review leaves them, and the origins of all pairs. Raises UserError when none is left."""
+    pairs = read_data(settings, results)
+    marks = read_review(settings.review) if settings.review else []
+    origins = origins_of(pairs, results)
+    reviewed = apply_review(pairs, [origin.id for origin in origins], marks)
+    if settings.review:
+        print(f"review:  {reviewed}")
+    if not reviewed.pairs:
+        raise UserError(f"--review {settings.review!r} leaves no pair to train on")
+    return reviewed, origins
+
+
+def origins_of(pairs: list[Pair], results: Results) -> list[Origin]:
+    """Where every pair came from, as far as sft_origins.jsonl of the results folder knows its question."""
+    rows = list(read_lines(results.sft_origins, Origin, STEP_3)) if results.sft_origins.exists() else []
+    if [row.question for row in rows] == [pair.question for pair in pairs]:
+        return rows  # of two pairs with the same question, each has its own
     origins = {row.question: row for row in rows}
-    mine = [origins.get(pair.question, Origin(pair.question)) for pair in pairs]
-    return {"articles": [row.article for row in mine], "root contexts": [row.root for row in mine]}
+    return [origins.get(pair.question, Origin(pair.question)) for pair in pairs]
+
+
+def texts_of(origins: Sequence[Origin]) -> dict[str, Sequence[int | None]]:
+    """The article and root context of every pair."""
+    return {"articles": [row.article for row in origins], "root contexts": [row.root for row in origins]}
 
 
 def is_done(settings: Settings, output: Results, made_with: dict[str, Any]) -> bool:

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "method": {"data", "errors", "ordered", "text"},
     "train": {"data", "errors", "files", "hub", "progress"},
     "run": {"data", "errors", "files", "llm", "method", "progress", "text"},
+    "report": {"data", "errors", "files", "method", "run", "text"},
     "machine": {"errors", "hub"},
     "demo": {"data", "errors", "text"},
     "preflight": {"data", "method", "ordered", "plan", "llm", "progress", "run", "text"},

@@ -31,7 +31,9 @@ _STYLE = {
 Rates = Mapping[str, Sequence[Sequence[float]]]  # of a step: seconds since its start, calls and reply tokens so far
 
 
-def draw_charts(gathered: Gathered, rates: Rates, texts: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def draw_charts(
+    gathered: Gathered, rates: Rates, texts: Mapping[str, str], names_of_kinds: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
     """The title and the SVG of each picture for which there is something to draw."""
     of = gathered.pairs.of
     pairs, queries = Counter(map(int, _known(of["depth"]))), gathered.depths
@@ -48,7 +50,7 @@ def draw_charts(gathered: Gathered, rates: Rates, texts: Mapping[str, str]) -> I
     if len(gathered.pairs):
         kinds = Counter(map(int, of["kind"]))
         with _Picture(texts["pairs"], "") as picture:
-            names = [texts[f"kind_{name.replace(' ', '_')}"] for name in KINDS]
+            names = [names_of_kinds[name] for name in KINDS]
             picture.bars_across(names[::-1], [kinds[place] for place in range(len(KINDS))][::-1])
         yield texts["chart_kinds"], picture.svg
     for name in ("length", "share", "context"):
@@ -87,7 +89,8 @@ class _Picture:
         self.axes.bar(
             names, heights, 0.8 if second else 0.5, color=_SECOND if second else _FIRST, label=label, zorder=2
         )
-        self._figure.legend(loc="outside upper right", ncols=2, frameon=False)
+        if not second:
+            self._figure.legend(loc="outside upper right", ncols=2, frameon=False)
 
     def bars_across(self, names: Sequence[str], widths: Sequence[float]) -> None:
         bars = self.axes.barh(names, widths, 0.6, color=_FIRST)

@@ -24,12 +24,13 @@ function element(tag, options = {}, ...children) {
   return made;
 }
 const text = (content, kind = "") => element("bdi", { class: kind }, String(content));
-const button = (label, press, options = {}) => element("button", { type: "button", onclick: press, ...options }, label);
+const button = (label, press, options = {}) => element("button", { type: "button", onclick: press, ...options }, ...[label].flat());
 const fill = (sentence, values) => sentence.replace(/\{(\w+)\}/g, (_, name) => values[name]);
 const number = (value) => (value === null || value === undefined ? "–" : value.toLocaleString(document.documentElement.lang));
 const share = (value, digits = 0) => (value === null || !isFinite(value) ? "–" : `${(100 * value).toFixed(digits)}%`);
 const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
-const reason = (name) => T[`reason_${String(name).replaceAll(" ", "_")}`] ?? name;
+const reason = (name) => T.reasons[name] ?? name;
+const kindOf = (n) => T.kinds[data.kinds[PAIRS.kind[n]]];
 
 function chips(...parts) {
   return element("p", { class: "chips" }, ...parts.filter(Boolean).map((part) => text(part, "chip")));
@@ -167,7 +168,6 @@ function showSummary() {
   const open = ["step 1", "step 2", "step 3"].filter((step) => !data.stages[step]?.finished || data.stages[step].outdated);
   $("state").textContent = open.length ? fill(T.state_open, { steps: open.join(", ") }) : T.state_done;
   const notes = {
-    roots: of.quota ? `${T.quota_word ?? ""}` : "",
     queries: of.doubtful ? fill(T.doubtful, { number: number(of.doubtful) }) : "",
     nodes: of.roots ? fill(T.per_root, { number: (of.nodes / of.roots).toFixed(1) }) : "",
     pairs: of.quota && of.pairs ? fill(T.of_quota, { share: share(of.pairs / of.quota), quota: number(of.quota) }) : "",
@@ -208,10 +208,10 @@ function lossesAfter(name) {
 }
 
 function lossOf(loss, kind) {
-  const title = [text(reason(loss.reason)), loss.detail ? text(` · ${loss.detail}`, "muted") : "", kind ? text(` · ${kind}`, "muted") : ""];
+  const title = [text(reason(loss.reason)), loss.detail ? text(` · ${reason(loss.detail)}`, "muted") : "", kind ? text(` · ${kind}`, "muted") : ""];
   const examples = loss.examples.map((example) =>
     element("dl", {}, ...Object.entries(example).flatMap(([name, content]) => [
-      element("dt", {}, { id: "id", context: T.passage, question: T.question, reply: T.last_reply, reason: T.detail ?? "" }[name] ?? name),
+      element("dt", {}, { id: "id", context: T.passage, question: T.question, reply: T.last_reply, reason: T.outcome }[name] ?? name),
       element("dd", { class: "text" }, content),
     ])),
   );
@@ -292,22 +292,18 @@ async function showList(page) {
   pager($("pager"), of.length, page, showList);
   const rows = await Promise.all(shown.map(async (n) => [n, (await pairAt(n)).pair]));
   if (list.page !== page) return;
-  $("rows").replaceChildren(
-    ...rows.map(([n, pair]) =>
-      element(
-        "li",
-        {},
-        button("", () => choose(n, true), { class: "row", "data-n": n, "aria-current": n === list.chosen ? "true" : null }),
-      ),
-    ),
-  );
-  for (const [at, [n, pair]] of rows.entries())
-    $("rows").children[at].firstChild.append(
-      element("i", { class: `dot ${marks.byNumber.get(n)?.mark ?? ""}` }),
-      text(marks.byNumber.get(n)?.new_question ?? pair.question, "question"),
-      element("small", {}, `${depthOf(n)} · ${T.score} ${short(PAIRS.score[n])} · ${number(PAIRS.length[n])}`),
-    );
+  $("rows").replaceChildren(...rows.map(([n, pair]) => element("li", {}, rowOf(n, pair))));
   if (!of.length) $("rows").append(element("li", { class: "missing" }, T.no_match));
+}
+
+function rowOf(n, pair) {
+  const mark = marks.byNumber.get(n);
+  const said = [
+    element("i", { class: `dot ${mark?.mark ?? ""}` }),
+    text(mark?.new_question ?? pair.question, "question"),
+    element("small", {}, `${depthOf(n)} · ${T.score} ${short(PAIRS.score[n])} · ${T.axis_length} ${number(PAIRS.length[n])}`),
+  ];
+  return button(said, () => choose(n, true), { class: "row", "data-n": n, "aria-current": n === list.chosen ? "true" : null });
 }
 
 const depthOf = (n) => (PAIRS.depth[n] === null ? T.added_by_hand : `${T.depth} ${PAIRS.depth[n]}`);
@@ -346,10 +342,10 @@ async function showPair(editing = false) {
     button(T.back, () => $("pair-view").classList.remove("open"), { class: "back" }),
     ...(editing ? [editor(of, question, answer)] : [element("h2", { class: "text" }, question), element("div", { class: "text answer" }, answer)]),
     markButtons(of, mark, editing),
-    chips(of.pair.id, depthOf(n), `${T.score} ${short(PAIRS.score[n])}`, T[`kind_${data.kinds[PAIRS.kind[n]].replaceAll(" ", "_")}`], data.titles[article]),
+    chips(of.pair.id, depthOf(n), `${T.score} ${short(PAIRS.score[n])}`, kindOf(n), data.titles[article]),
     element("h3", {}, T.passage),
     ...passage(of),
-    of.node ? button(T.in_tree, () => showInTree(PAIRS.root[n], of.pair.id), { class: "quiet" }) : null ?? "",
+    of.node ? button(T.in_tree, () => showInTree(PAIRS.root[n], of.pair.id), { class: "quiet" }) : "",
   );
 }
 
@@ -535,25 +531,19 @@ function showArticles(page) {
   $("articles").replaceChildren(
     ...browser.found.slice(page * PAGE, (page + 1) * PAGE).map((article) => {
       const roots = browser.roots[article], count = (name) => roots.reduce((sum, place) => sum + (ROOTS[name][place] ?? 0), 0);
-      const entry = element(
-        "details",
-        { class: "article" },
-        element("summary", {}, text(data.titles[article] || T.untitled, "question"), element("small", {}, `${number(count("nodes"))} ${T.nodes} · ${number(count("pairs"))} ${T.pairs}`)),
-        ...roots.map((place) =>
-          button("", () => showRoot(place), { class: "row", "data-root": place }),
-        ),
-      );
-      for (const row of entry.querySelectorAll(".row")) {
-        const place = Number(row.dataset.root);
-        row.append(
-          text(`${T.root} ${ROOTS.number[place]}`),
-          element("small", {}, fill(T.root_row, { length: number(ROOTS.length[place]), pairs: number(ROOTS.pairs[place]), quota: number(ROOTS.quota[place]) })),
-        );
-      }
-      return entry;
+      const counted = element("small", {}, `${number(count("nodes"))} ${T.nodes} · ${number(count("pairs"))} ${T.pairs}`);
+      const title = element("summary", {}, text(data.titles[article] || T.untitled, "question"), counted);
+      const rows = roots.map((place) => {
+        const said = [text(`${T.root} ${ROOTS.number[place]}`), element("small", {}, sizeOf(place))];
+        return button(said, () => showRoot(place), { class: "row", "data-root": place });
+      });
+      return element("details", { class: "article" }, title, ...rows);
     }),
   );
 }
+
+const sizeOf = (place) =>
+  fill(T.root_row, { length: number(ROOTS.length[place]), pairs: number(ROOTS.pairs[place]), quota: number(ROOTS.quota[place]) });
 
 async function showRoot(place, openId = null) {
   for (const row of document.querySelectorAll("[data-root]"))
@@ -568,7 +558,7 @@ async function showRoot(place, openId = null) {
   }
   $("tree").replaceChildren(
     element("h2", {}, text(data.titles[ROOTS.article[place]] || T.untitled), " ", text(`${T.root} ${root.root}`, "muted")),
-    chips(fill(T.root_row, { length: number(ROOTS.length[place]), pairs: number(ROOTS.pairs[place]), quota: number(ROOTS.quota[place]) })),
+    chips(sizeOf(place)),
     root.shown ? "" : element("p", { class: "hint" }, T.trees_left_out),
     ...[...passes].flatMap(([pass, nodes]) => [element("h3", {}, fill(T.tree, { number: Number(pass) + 1 })), ...treeOf(root, nodes)]),
   );
@@ -613,14 +603,16 @@ function nodeOf(root, node, path, halves) {
       ),
     ),
   );
-  entry.addEventListener("toggle", () => entry.open && !entry.querySelector(":scope > .inside") && entry.firstChild.after(insideOf(root, node, halves)), { once: false });
+  entry.addEventListener("toggle", () => {
+    if (entry.open && !entry.querySelector(":scope > .inside")) entry.firstChild.after(insideOf(root, node, halves));
+  });
   return entry;
 }
 
 function insideOf(root, node, halves) {
   const answer = root.pairs.find((pair) => pair.id === node.id);
   const facts = [
-    [T.outcome, node.outcome === "done" && !node.query ? reason("done") : T[`reason_${node.outcome.replaceAll(" ", "_")}`] && node.outcome !== "done" ? reason(node.outcome) : "", node.detail],
+    [T.outcome, node.outcome !== "done" || !node.query ? reason(node.outcome) : "", node.detail && reason(node.detail)],
     [T.tries, node.tries ? String(node.tries) : ""],
     [T.doubt, node.doubt],
     [T.score, node.score === undefined ? "" : short(node.score)],
@@ -774,7 +766,7 @@ function fillFilters() {
   const depths = [...new Set(PAIRS.depth)].sort((one, other) => (one ?? Infinity) - (other ?? Infinity));
   for (const depth of depths) add("depth", depth ?? "by hand", depth ?? T.added_by_hand);
   const kinds = new Set(PAIRS.kind);
-  data.kinds.forEach((kind, place) => kinds.has(place) && add("kind", place, T[`kind_${kind.replaceAll(" ", "_")}`]));
+  data.kinds.forEach((kind, place) => kinds.has(place) && add("kind", place, T.kinds[kind]));
 }
 
 async function begin() {

@@ -49,7 +49,7 @@ def write_page(file: IO[str], gathered: Gathered, facts: Facts) -> None:
         script=script,
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
-        charts=draw_charts(gathered, rates, texts),
+        charts=draw_charts(gathered, rates, texts, texts["kinds"]),
         index=_base64(pack(json.dumps(_index(gathered, facts, texts), ensure_ascii=False))),
         chunks=map(_base64, gathered.chunks),
     )
@@ -60,7 +60,7 @@ def _base64(packed: bytes) -> str:
     return base64.b64encode(packed).decode()
 
 
-def _index(gathered: Gathered, facts: Facts, texts: Mapping[str, str]) -> dict[str, Any]:
+def _index(gathered: Gathered, facts: Facts, texts: Mapping[str, Any]) -> dict[str, Any]:
     """What the page knows from the start. It is large at most by the columns."""
     return {
         "texts": texts,
