@@ -1,11 +1,11 @@
 """Fine-tunes the model on questions and answers: LoRA under DeepSpeed ZeRO-2 (paper 4.1).
 
 Over the base in NF4 (QLoRA) where it does not fit on a GPU in bf16. Reads results/sft_data, or with --data any saved
-dataset or .jsonl, .json, .csv or .parquet file with the fields question and answer. With --review, pairs that you have
-marked as bad in report.html are left out, and those that you have edited are taken as edited. Writes into results/, or the
-folder --output: ckpts (a checkpoint for each epoch), LoRA (the adapter), log.json (the losses), loss.png, and in
-run.json how it was trained. Run it again and it continues from the last checkpoint. Another base, other settings or
-other pairs need another --output, or --redo to replace what is there.
+dataset or .jsonl, .json, .csv or .parquet file with the fields question and answer. With --review, pairs marked as bad
+in report.html are left out, and those that were edited there are taken as edited. Writes into results/, or the folder
+--output: ckpts (a checkpoint for each epoch), LoRA (the adapter), log.json (the losses), loss.png, and in run.json how
+it was trained. Run it again and it continues from the last checkpoint. Another base, other settings or other pairs need
+another --output, or --redo to replace what is there.
 
     deepspeed --num_gpus 8 finetune.py
     deepspeed --num_gpus 8 finetune.py --data my_pairs.jsonl --output results/second
