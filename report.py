@@ -40,7 +40,7 @@ def main() -> None:
 def unfinished(results: Results) -> str:
     """Which steps have not come to their end, to be added to a line."""
     steps = [step for step in ("step 1", "step 2", "step 3") if results.record.finished(step) is None]
-    return f"; {' and '.join(steps)} not finished" if steps else ""
+    return f"; not finished: {', '.join(steps)}" if steps else ""
 
 
 def facts_of(results: Results) -> Facts:

@@ -14,9 +14,10 @@ HOSTILE = [
     "emoji 🧑‍🚀𠮷 and a line\u2028separator",
 ]
 WORDS = [
-    f"{start}{end}"
-    for start in ["ka", "ri", "mo", "te", "lu", "sa", "vi", "no", "pe", "du"]
-    for end in ["ran", "tel", "mis", "dor", "pun", "lak"]
+    start + middle + end
+    for start in ("ka", "ri", "mo", "te", "lu", "sa", "vi", "no", "pe", "du", "ba", "fi")
+    for middle in ("", "ra", "lo", "mi", "nu", "se", "to", "gi", "ve", "pa")
+    for end in ("ran", "tel", "mis", "dor", "pun", "lak", "se", "ly")
 ]
 
 
@@ -33,6 +34,7 @@ def write_run(folder: Path, roots: int, text: str = "", pairs: int = 2, words: i
         while len(paths) < 2 * pairs:
             paths += [path + half for path in paths if len(path) == level - 1 for half in "12"]
             level += 1
+        paths = paths[: 2 * pairs + 4]
         parts = {"": whole}
         for path in paths:
             if path:

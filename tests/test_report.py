@@ -130,7 +130,7 @@ def test_it_takes_no_lock_and_says_what_is_not_finished(finished: Path, tmp_path
     shutil.copytree(finished, results)
     with Results(results).held():
         done = run("report.py", "--results", results)
-    assert done.returncode == 0 and "step 2 not finished" in done.stdout and "report.html" in done.stdout
+    assert done.returncode == 0 and "not finished: step 2" in done.stdout and "report.html" in done.stdout
 
 
 def test_what_cannot_be_reported_is_said_in_a_line(finished: Path, tmp_path: Path):

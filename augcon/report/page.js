@@ -58,17 +58,17 @@ function pager(place, count, page, show) {
 
 // ---- Data
 
-async function unpack(id) {
-  const coded = atob($(id).textContent);
-  const bytes = new Uint8Array(coded.length);
-  for (let at = 0; at < coded.length; at++) bytes[at] = coded.charCodeAt(at);
+/** The JSON of a compressed block. */
+async function inflate(id) {
+  const coded = $(id).textContent;
+  const bytes = Uint8Array.fromBase64?.(coded) ?? Uint8Array.from(atob(coded), (letter) => letter.charCodeAt(0));
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  return JSON.parse(await new Response(stream).text());
+  return new Response(stream).text();
 }
 
 const opened = new Map(); // the last chunks opened, the oldest first
 function chunk(place) {
-  const there = opened.get(place) ?? unpack(`chunk-${place}`);
+  const there = opened.get(place) ?? inflate(`chunk-${place}`).then(JSON.parse);
   opened.delete(place);
   opened.set(place, there);
   if (opened.size > KEPT_CHUNKS) opened.delete(opened.keys().next().value);
@@ -263,18 +263,22 @@ async function filter(stay = false) {
 }
 
 async function search(among, wanted, run) {
-  const found = [];
+  const found = [], places = Map.groupBy(among, (n) => ROOTS.chunk[PAIRS.root[n]]), chunks = [...places.keys()];
   const has = (content) => content?.toLowerCase().includes(wanted);
+  const escaped = JSON.stringify(wanted).slice(1, -1); // a block that lacks it needs no parsing
+  const ahead = chunks.slice(0, 3).map((of) => inflate(`chunk-${of}`));
   let told = performance.now();
-  for (let at = 0; at < among.length; ) {
-    const of = ROOTS.chunk[PAIRS.root[among[at]]], roots = await (opened.get(of) ?? unpack(`chunk-${of}`));
-    for (; at < among.length && ROOTS.chunk[PAIRS.root[among[at]]] === of; at++) {
-      const root = roots[PAIRS.root[among[at]] - firstOfChunk[of]];
-      const pair = root.pairs[among[at] - root.pairs[0].n];
-      if (has(pair.question) || has(pair.answer) || has(pair.context) || has(root.nodes.find((node) => node.id === pair.id)?.context))
-        found.push(among[at]);
-    }
+  for (const [at, of] of chunks.entries()) {
+    const json = await ahead.shift();
     if (run !== list.run) return [];
+    if (at + 3 < chunks.length) ahead.push(inflate(`chunk-${chunks[at + 3]}`));
+    if (!json.toLowerCase().includes(escaped)) continue;
+    const roots = JSON.parse(json);
+    for (const n of places.get(of)) {
+      const root = roots[PAIRS.root[n] - firstOfChunk[of]], pair = root.pairs[n - root.pairs[0].n];
+      const passage = () => root.nodes.find((node) => node.id === pair.id)?.context ?? pair.context;
+      if (has(pair.question) || has(pair.answer) || has(passage())) found.push(n);
+    }
     if (performance.now() - told > 200) {
       $("found").textContent = fill(T.searching, { number: number(found.length) });
       told = performance.now();
@@ -774,7 +778,7 @@ async function begin() {
   showSection();
   addEventListener("hashchange", showSection);
   $("theme").addEventListener("click", toggleTheme);
-  data = await unpack("index");
+  data = JSON.parse(await inflate("index"));
   [T, PAIRS, ROOTS] = [data.texts, data.pairs, data.roots];
   firstOfChunk = [];
   ROOTS.chunk.forEach((of, place) => (firstOfChunk[of] ??= place));
