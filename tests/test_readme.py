@@ -27,7 +27,15 @@ def test_every_command_in_a_bash_block_of_the_readme_works(tmp_path: Path):
     """All ``bash`` blocks in one shell, in a copy; ``console`` blocks need a GPU, a paid server or this test itself."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     commands = "".join(blocks)
-    typed = ("bash augcon.sh\n", "augcon.sh --corpus", "deepspeed finetune.py", "merge.py", "inference.py", "report.py", "--help")
+    typed = (
+        "bash augcon.sh\n",
+        "augcon.sh --corpus",
+        "deepspeed finetune.py",
+        "merge.py",
+        "inference.py",
+        "report.py",
+        "--help",
+    )
     assert all(command in commands for command in typed)
     # The environment of the tests stands for the one that install.sh would make: it has all, so nothing is installed.
     commands = commands.replace("source .venv/bin/activate", f"source {sys.prefix}/bin/activate")

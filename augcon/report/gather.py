@@ -25,7 +25,7 @@ from augcon.text.units import language, length, units
 MOST_NODES = 300_000  # of a larger run, the trees of some root contexts are shown
 _CHUNK = 200_000  # characters of a chunk, opened in a few milliseconds
 _EXAMPLES, _SIDE_BY_SIDE = 5, 25  # shown of each loss, and of each way to be alike
-_EXCERPT = 500  # characters
+_EXCERPT, _TITLE = 500, 80  # characters
 _COMPARED = 10**8  # the product of two lengths beyond which they are not laid along each other
 BRANCH_ENDS = ("not shorter", "hallucinated", "loses text")
 
@@ -145,7 +145,7 @@ class _Gathering:
             self.languages[language(answered.pair.question)] += 1
         for node in rows.nodes:
             self.counts.update(queries=node.query is not None, doubtful=bool(node.doubt))
-            self.depths[node.id.rpartition(":")[2].__len__()] += node.query is not None
+            self.depths[len(node.id.rpartition(":")[2])] += node.query is not None
             if node.query is None or node.outcome in BRANCH_ENDS:
                 after = "branches" if node.outcome in BRANCH_ENDS else "nodes"
                 self._lose(after, node.outcome, node.detail, id=node.id, question=node.query, context=node.context)
@@ -178,7 +178,7 @@ class _Gathering:
         number = rows.root.article if rows.root else None
         if not self.titles or self.articles.of["number"][-1] != number:
             title = next(iter(rows.root.text.strip().splitlines()), "") if rows.root else ""
-            self.titles.append(title[:80])
+            self.titles.append(excerpt(title, _TITLE))
             self.articles.append(number=number, length=0, covered=0, finer=0)
         if rows.root:
             used = {row.origin.id for row in rows.answered}
@@ -294,9 +294,9 @@ def held(root: str, parts: Iterable[str]) -> int:
     return sum(covered)
 
 
-def excerpt(text: str) -> str:
+def excerpt(text: str, most: int = _EXCERPT) -> str:
     """A text, cut where it is long."""
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"
+    return text if len(text) <= most else text[:most] + "…"
 
 
 def pack(text: str) -> bytes:

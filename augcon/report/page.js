@@ -30,10 +30,17 @@ const number = (value) => (value === null || value === undefined ? "–" : value
 const share = (value, digits = 0) => (value === null || !isFinite(value) ? "–" : `${(100 * value).toFixed(digits)}%`);
 const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(2));
 const reason = (name) => T.reasons[name] ?? name;
+const titleOf = (article) => data.titles[article] || T.untitled;
 const kindOf = (n) => T.kinds[data.kinds[PAIRS.kind[n]]];
 
 function chips(...parts) {
   return element("p", { class: "chips" }, ...parts.filter(Boolean).map((part) => text(part, "chip")));
+}
+
+/** Names and what is said of them, without those of which nothing is said. */
+function facts(rows) {
+  const told = rows.filter(([, content]) => content);
+  return element("dl", {}, ...told.flatMap(([name, content]) => [element("dt", {}, name), element("dd", { class: "text" }, content)]));
 }
 
 function table(head, rows, chosen = -1) {
@@ -188,39 +195,18 @@ function showSummary() {
 }
 
 function lossesAfter(name) {
-  const skipped = name === "articles" ? Object.entries(data.stages["corpus as cut"]?.finished?.skipped ?? {}) : [];
-  const losses = [
-    ...skipped.map(([reason, count]) => ({ reason, detail: "", count, examples: [] })),
-    ...data.losses.filter((loss) => loss.after === name).sort((one, other) => other.count - one.count),
-  ];
-  const made = losses.map((loss) => lossOf(loss, T.lost));
-  if (name === "nodes")
-    made.push(...data.losses.filter((loss) => loss.after === "branches").map((loss) => lossOf(loss, T.branch)));
-  if (name === "kept") {
-    const changed = data.has.includes("sft_data") && (data.counts.pairs + (data.counts.dropped ?? 0)) - (data.counts.kept ?? 0);
-    if (changed && data.counts.scored) made.push(element("p", { class: "hint" }, fill(T.by_hand, { number: number(Math.abs(changed)) })));
-  }
-  if (name === "roots" && data.short_roots.length) {
-    const examples = data.short_roots.slice(0, 5).map((row) => ({ id: String(row.root), reason: row.reason }));
-    made.push(lossOf({ reason: T.short_roots, detail: "", count: data.short_roots.length, examples }, ""));
-  }
+  const stays = { nodes: T.lost, branches: T.branch, queries: T.lost, kept: T.lost }; // said of the losses after a step
+  const after = name === "nodes" ? ["nodes", "branches"] : [name];
+  const made = after.flatMap((step) => data.losses.filter((loss) => loss.after === step).map((loss) => lossOf(loss, stays[step])));
   return made.length ? [element("div", { class: "losses" }, ...made)] : [];
 }
 
-function lossOf(loss, kind) {
-  const title = [text(reason(loss.reason)), loss.detail ? text(` · ${reason(loss.detail)}`, "muted") : "", kind ? text(` · ${kind}`, "muted") : ""];
-  const examples = loss.examples.map((example) =>
-    element("dl", {}, ...Object.entries(example).flatMap(([name, content]) => [
-      element("dt", {}, { id: "id", context: T.passage, question: T.question, reply: T.last_reply, reason: T.outcome }[name] ?? name),
-      element("dd", { class: "text" }, content),
-    ])),
-  );
-  return element(
-    "details",
-    { class: "loss" },
-    element("summary", {}, element("b", {}, number(loss.count)), " ", ...title),
-    ...(examples.length ? examples : [element("p", { class: "hint" }, T.no_example)]),
-  );
+function lossOf({ reason: name, detail, count, examples }, stays) {
+  const told = [reason(name), detail && reason(detail), stays].filter(Boolean).join(" · ");
+  const names = { context: T.passage, question: T.question, reply: T.last_reply, reason: T.outcome };
+  const shown = examples.map((example) => facts(Object.entries(example).map(([key, content]) => [names[key] ?? key, content])));
+  const rest = shown.length ? shown : [element("p", { class: "hint" }, T.no_example)];
+  return element("details", { class: "loss" }, element("summary", {}, element("b", {}, number(count)), " ", text(told)), ...rest);
 }
 
 // ---- Pairs: the list
@@ -536,7 +522,7 @@ function showArticles(page) {
     ...browser.found.slice(page * PAGE, (page + 1) * PAGE).map((article) => {
       const roots = browser.roots[article], count = (name) => roots.reduce((sum, place) => sum + (ROOTS[name][place] ?? 0), 0);
       const counted = element("small", {}, `${number(count("nodes"))} ${T.nodes} · ${number(count("pairs"))} ${T.pairs}`);
-      const title = element("summary", {}, text(data.titles[article] || T.untitled, "question"), counted);
+      const title = element("summary", {}, text(titleOf(article), "question"), counted);
       const rows = roots.map((place) => {
         const said = [text(`${T.root} ${ROOTS.number[place]}`), element("small", {}, sizeOf(place))];
         return button(said, () => showRoot(place), { class: "row", "data-root": place });
@@ -561,7 +547,7 @@ async function showRoot(place, openId = null) {
     passes.set(pass, [...(passes.get(pass) ?? []), node]);
   }
   $("tree").replaceChildren(
-    element("h2", {}, text(data.titles[ROOTS.article[place]] || T.untitled), " ", text(`${T.root} ${root.root}`, "muted")),
+    element("h2", {}, text(titleOf(ROOTS.article[place])), " ", text(`${T.root} ${root.root}`, "muted")),
     chips(sizeOf(place)),
     root.shown ? "" : element("p", { class: "hint" }, T.trees_left_out),
     ...[...passes].flatMap(([pass, nodes]) => [element("h3", {}, fill(T.tree, { number: Number(pass) + 1 })), ...treeOf(root, nodes)]),
@@ -614,25 +600,17 @@ function nodeOf(root, node, path, halves) {
 }
 
 function insideOf(root, node, halves) {
-  const answer = root.pairs.find((pair) => pair.id === node.id);
-  const facts = [
-    [T.outcome, node.outcome !== "done" || !node.query ? reason(node.outcome) : "", node.detail && reason(node.detail)],
-    [T.tries, node.tries ? String(node.tries) : ""],
+  const said = (...parts) => parts.filter(Boolean).join(" · ");
+  const told = facts([
+    [T.outcome, said(node.outcome !== "done" || !node.query ? reason(node.outcome) : "", node.detail && reason(node.detail))],
+    [T.tries, node.tries && String(node.tries)],
     [T.doubt, node.doubt],
     [T.score, node.score === undefined ? "" : short(node.score)],
-    [T.fate, node.fate && reason(node.fate), node.dropped && fill(T.dropped, { reason: reason(node.dropped) })],
-    [T.answer, answer?.answer],
+    [T.fate, said(node.fate && reason(node.fate), node.dropped && fill(T.dropped, { reason: reason(node.dropped) }))],
+    [T.answer, root.pairs.find((pair) => pair.id === node.id)?.answer],
     [T.last_reply, node.reply],
-  ];
-  return element(
-    "div",
-    { class: "inside" },
-    ...halvesIn(node.context, halves),
-    element("dl", {}, ...facts.flatMap(([name, ...said]) => {
-      const content = said.filter(Boolean).join(" · ");
-      return content ? [element("dt", {}, name), element("dd", { class: "text" }, content)] : [];
-    })),
-  );
+  ]);
+  return element("div", { class: "inside" }, ...halvesIn(node.context, halves), told);
 }
 
 /** A context, with what its halves kept of it and what they lost. */
@@ -679,73 +657,37 @@ function showAlike() {
   );
 }
 
-// ---- The run
+// ---- The run: what the page itself does not hold of it
 
 function showRun() {
-  const part = (title, hint, ...content) => element("section", { class: "part" }, element("h2", {}, title), element("p", { class: "hint" }, hint), ...content);
-  const missing = (sentence) => element("p", { class: "missing" }, sentence);
-  const parts = [coverage(part), scorer(part, missing), examples(part, missing), figures(part, missing), ...settings(part, missing)];
-  $("run-parts").append(...parts.filter(Boolean));
+  showCoverage();
+  for (const [name, { sets, chosen }] of Object.entries(data.search)) {
+    const questions = (set) => element("ul", {}, ...set.questions.map((question) => element("li", {}, text(question))));
+    const place = sets.findIndex((set) => String(set.examples) === String(chosen));
+    const shown = table([T.mean, T.set], sets.map((set) => [short(set.mean), questions(set)]), place);
+    $("search").append(element("h3", {}, name), shown);
+  }
+  for (const [name, of] of Object.entries(data.figures)) {
+    const said = (value) => (typeof value === "number" ? number(value) : value);
+    const all = Object.entries({ ...of, ...of.retries }).filter(([, value]) => ["number", "string"].includes(typeof value));
+    $("figures-of-steps").append(element("h3", {}, name), table(["", ""], all.map(([key, value]) => [T.figures[key] ?? key, said(value)])));
+    if (of.lines) $("figures-of-steps").append(element("pre", {}, of.lines.join("\n")));
+  }
 }
 
-function coverage(part) {
+function showCoverage() {
   const { length, finer, covered } = data.articles;
-  if (!data.counts.pairs || !length.some(Boolean)) return null;
   const order = length.map((_, place) => place).sort((one, other) => finer[one] / length[one] - finer[other] / length[other]);
-  const rows = element("div"), leaf = element("span", { class: "pager" });
+  const cell = (value) => element("span", { class: "meter" }, element("i"), share(value));
   const show = (page) => {
     const shown = order.slice(page * PAGE, (page + 1) * PAGE);
-    const cell = (value) => element("span", { class: "meter" }, element("i"), share(value));
-    const lines = shown.map((place) => [data.titles[place] || T.untitled, number(length[place]), cell(finer[place] / length[place]), cell(covered[place] / length[place])]);
-    rows.replaceChildren(table([T.article, T.axis_context, T.covered_finer, T.covered_any], lines));
-    rows.querySelectorAll(".meter i").forEach((bar) => (bar.style.width = bar.nextSibling.textContent));
-    if (order.length > PAGE) pager(leaf, order.length, page, show);
+    const lines = shown.map((place) => [titleOf(place), number(length[place]), cell(finer[place] / length[place]), cell(covered[place] / length[place])]);
+    $("coverage").replaceChildren(table([T.article, T.article_length, T.covered_finer, T.covered_any], lines));
+    $("coverage").querySelectorAll(".meter i").forEach((bar) => (bar.style.width = bar.nextSibling.textContent));
+    if (order.length > PAGE) pager($("coverage-pager"), order.length, page, show);
   };
-  show(0);
-  return part(T.coverage, T.coverage_hint, rows, leaf);
-}
-
-function scorer(part, missing) {
-  const facts = data.stages.scorer?.finished;
-  if (!facts) return part(T.scorer, "", missing(T.missing_scorer));
-  const after = facts.accuracy_after ?? {}, before = facts.accuracy_before ?? {};
-  const said = (entry) => (entry ? `${share(entry[1], 1)} (${number(entry[0])})` : "–");
-  const rows = Object.keys({ ...before, ...after }).map((name) => [name === "all" ? T.all : name, said(before[name]), said(after[name])]);
-  return part(T.scorer, fill(T.scorer_hint, { held_out: facts.held_out ?? "–" }), table(["", T.before, T.after], rows), element("p", { class: "hint" }, facts.speed ?? ""));
-}
-
-function examples(part, missing) {
-  const languages = Object.entries(data.search);
-  if (!languages.length) return part(T.example_search, "", missing(T.missing_search));
-  const tables = languages.map(([name, { sets, chosen }]) => {
-    const same = (set) => String(set.examples) === String(chosen);
-    const rows = sets.map((set) => [short(set.mean), element("ul", {}, ...set.questions.map((question) => element("li", {}, text(question))))]);
-    return [element("h3", {}, name), table([T.mean, T.set], rows, sets.findIndex(same))];
-  });
-  return part(T.example_search, T.example_search_hint, ...tables.flat());
-}
-
-function figures(part, missing) {
-  const steps = Object.entries(data.figures);
-  if (!steps.length) return part(T.steps, "", missing(T.missing_figures));
-  const told = ([name, of]) => {
-    const numbers = Object.entries(of).filter(([, value]) => ["number", "string"].includes(typeof value));
-    const retries = Object.entries(of.retries ?? {});
-    const rows = [...numbers, ...retries].map(([key, value]) => [key, typeof value === "number" ? number(value) : value]);
-    return [element("h3", {}, name), table(["", ""], rows), ...(of.lines ? [element("pre", {}, of.lines.join("\n"))] : [])];
-  };
-  return part(T.steps, "", ...steps.flatMap(told));
-}
-
-function settings(part, missing) {
-  const said = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-  const stages = Object.entries(data.stages).map(([name, { made_with }]) =>
-    element("details", {}, element("summary", {}, name), table(["", ""], Object.entries(made_with).map(([key, value]) => [key, said(value)]))),
-  );
-  return [
-    part(T.settings, "", ...(stages.length ? stages : [missing(T.missing_settings)])),
-    part(T.versions, T.versions_hint, table(["", ""], Object.entries(data.versions))),
-  ];
+  if (data.counts.pairs && length.some(Boolean)) show(0);
+  else $("coverage").append(element("p", { class: "missing" }, T.missing_pairs));
 }
 
 // ---- Beginning

@@ -11,12 +11,13 @@ import json
 import math
 import tomllib
 from array import array
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from augcon.report.charts import Rates, draw_charts
-from augcon.report.gather import Columns, Gathered, pack
+from augcon.report.gather import Columns, Gathered, Loss, pack
 from augcon.report.questions import KINDS
 
 _FOLDER = Path(__file__).parent
@@ -48,6 +49,7 @@ def write_page(file: IO[str], gathered: Gathered, facts: Facts) -> None:
         language=gathered.language,
         script=script,
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        facts=facts,
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
         charts=draw_charts(gathered, rates, texts, texts["kinds"]),
         index=_base64(pack(json.dumps(_index(gathered, facts, texts), ensure_ascii=False))),
@@ -68,13 +70,30 @@ def _index(gathered: Gathered, facts: Facts, texts: Mapping[str, Any]) -> dict[s
         **dataclasses.asdict(facts),
         "has": gathered.has,
         "counts": gathered.counts,
-        "losses": [dataclasses.asdict(loss) for loss in gathered.losses],
+        "losses": [dataclasses.asdict(loss) for loss in _losses(gathered, facts)],
         "alike": [dataclasses.asdict(alike) for alike in gathered.alike],
         "titles": gathered.titles,
         "pairs": _columns(gathered.pairs, leave_out=("context", "share")),
         "roots": _columns(gathered.roots),
         "articles": _columns(gathered.articles),
     }
+
+
+def _losses(gathered: Gathered, facts: Facts) -> list[Loss]:
+    """All losses, the largest first; also what other files tell: rows skipped, roots short, queries edited by hand."""
+    cut = facts.stages.get("corpus as cut", {}).get("finished") or {}
+    losses = [Loss("articles", reason, "", count, []) for reason, count in cut.get("skipped", {}).items()]
+    if short := facts.short_roots:
+        losses.append(Loss("roots", "short of their quota", "", len(short), [_as_texts(row) for row in short[:5]]))
+    counts = Counter(gathered.counts)
+    by_hand = counts["pairs"] + counts["dropped"] - counts["kept"]
+    if by_hand and counts["scored"] and counts["pairs"]:
+        losses.append(Loss("kept", "added by hand" if by_hand > 0 else "removed by hand", "", abs(by_hand), []))
+    return sorted([*losses, *gathered.losses], key=lambda loss: -loss.count)
+
+
+def _as_texts(row: Mapping[str, Any]) -> dict[str, str]:
+    return {"id": str(row["root"]), "reason": str(row["reason"])}
 
 
 def _columns(columns: Columns, leave_out: tuple[str, ...] = ()) -> dict[str, list[float | None]]:
