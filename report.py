@@ -46,7 +46,7 @@ def unfinished(results: Results) -> str:
 def facts_of(results: Results) -> Facts:
     """What is known of the run. Raises UserError where a file is damaged."""
     stages = {name: dataclasses.asdict(of) for name, of in results.record.stages().items()}
-    figures, search, short = results.folder / "figures.json", results.example_search, results.short_roots
+    figures, search, short = results.figures, results.example_search, results.short_roots
     made_with = [stages.get(name, {}).get("made_with") for name in ("step 1", "step 2", "step 3")]
     return Facts(
         folder=str(results.folder),

@@ -64,16 +64,9 @@ def browser(tmp_path: Path) -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_run(tmp_path_factory.mktemp("run"), roots=40)
-    rate = [[second, 3 * second, 90 * second] for second in range(0, 300, 10)]
-    figures = {
-        "step 1": {
-            "seconds": 300.0,
-            "calls": 870,
-            "retries": {"retries: 429": 2},
-            "lines": ["trees:   7"],
-            "rate": rate,
-        }
-    }
+    pace = [[second, 3 * second, 90 * second] for second in range(0, 300, 10)]
+    asked = {"seconds": 300.0, "calls": 870, "retries": {"429": 2}, "cost": None, "pace": pace}
+    figures = {"step 1": {"finished": "2026-11-27T18:00:00+00:00", "outcomes": {"done": 280}, "asked": [asked]}}
     (folder / "figures.json").write_text(json.dumps(figures))
     assert run("report.py", "--results", folder).returncode == 0
     return folder

@@ -28,11 +28,11 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.linewidth": 0.5,
 }
-Rates = Mapping[str, Sequence[Sequence[float]]]  # of a step: seconds since its start, calls and reply tokens so far
+Paces = Sequence[tuple[str, Sequence[Sequence[float]]]]  # a step, and samples of seconds since its start and calls
 
 
 def draw_charts(
-    gathered: Gathered, rates: Rates, texts: Mapping[str, str], names_of_kinds: Mapping[str, str]
+    gathered: Gathered, paces: Paces, texts: Mapping[str, str], names_of_kinds: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """The title and the SVG of each picture for which there is something to draw."""
     of = gathered.pairs.of
@@ -58,10 +58,10 @@ def draw_charts(
             with _Picture(texts[f"axis_{name}"], texts["pairs"]) as picture:
                 picture.histogram({"pairs": known}, [])
             yield texts[f"chart_{name}"], picture.svg
-    for step, rate in rates.items():
-        if len(rate) > 1:
+    for step, pace in paces:
+        if len(pace) > 1:
             with _Picture(texts["minutes"], texts["calls_per_second"]) as picture:
-                picture.rate(rate)
+                picture.rate(pace)
             yield f"{texts['chart_rate']}: {step}", picture.svg
 
 
@@ -113,9 +113,9 @@ class _Picture:
             handles = self.axes.containers
             self._figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
 
-    def rate(self, rate: Sequence[Sequence[float]]) -> None:
-        pairs = [(one, other) for one, other in itertools.pairwise(rate) if other[0] > one[0]]
-        minutes = [rate[0][0] / 60, *(other[0] / 60 for _, other in pairs)]
+    def rate(self, pace: Sequence[Sequence[float]]) -> None:
+        pairs = [(one, other) for one, other in itertools.pairwise(pace) if other[0] > one[0]]
+        minutes = [pace[0][0] / 60, *(other[0] / 60 for _, other in pairs)]
         self.axes.stairs([(other[1] - one[1]) / (other[0] - one[0]) for one, other in pairs], minutes, color=_FIRST)
 
     def __exit__(self, *error: object) -> None:

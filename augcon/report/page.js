@@ -668,11 +668,21 @@ function showRun() {
     $("search").append(element("h3", {}, name), shown);
   }
   for (const [name, of] of Object.entries(data.figures)) {
-    const said = (value) => (typeof value === "number" ? number(value) : value);
-    const all = Object.entries({ ...of, ...of.retries }).filter(([, value]) => ["number", "string"].includes(typeof value));
-    $("figures-of-steps").append(element("h3", {}, name), table(["", ""], all.map(([key, value]) => [T.figures[key] ?? key, said(value)])));
-    if (of.lines) $("figures-of-steps").append(element("pre", {}, of.lines.join("\n")));
+    const { asked = [], ...others } = of;
+    $("figures-of-steps").append(element("h3", {}, name), ...[others, ...asked].map((all) => table(["", ""], figureRows(all))));
   }
+}
+
+/** Figures in words, those within others in one line. */
+function figureRows(all) {
+  const named = (key) => T.figures[key] ?? T.reasons[key] ?? key.replaceAll("_", " ");
+  const said = (value) => {
+    if (typeof value === "number") return number(value);
+    if (Array.isArray(value)) return value.map(said).join(" · ");
+    return typeof value === "object" ? Object.entries(value).map(([key, each]) => `${named(key)} ${said(each)}`).join(" · ") : value;
+  };
+  const told = Object.entries(all).filter(([key, value]) => value !== null && key !== "pace" && said(value) !== "");
+  return told.map(([key, value]) => [named(key), said(value)]);
 }
 
 function showCoverage() {

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from augcon.report.charts import Rates, draw_charts
+from augcon.report.charts import Paces, draw_charts
 from augcon.report.gather import Columns, Gathered, Loss, pack
 from augcon.report.questions import KINDS
 
@@ -43,7 +43,6 @@ def write_page(file: IO[str], gathered: Gathered, facts: Facts) -> None:
     texts = tomllib.loads((_FOLDER / f"{gathered.language}.toml").read_text(encoding="utf-8"))
     script = (_FOLDER / "page.js").read_text(encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined)
-    rates: Rates = {step: figures["rate"] for step, figures in facts.figures.items() if figures.get("rate")}
     parts = environment.get_template("page.html").generate(
         t=texts,
         language=gathered.language,
@@ -51,11 +50,17 @@ def write_page(file: IO[str], gathered: Gathered, facts: Facts) -> None:
         hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         facts=facts,
         style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
-        charts=draw_charts(gathered, rates, texts, texts["kinds"]),
+        charts=draw_charts(gathered, _paces(facts), texts, texts["kinds"]),
         index=_base64(pack(json.dumps(_index(gathered, facts, texts), ensure_ascii=False))),
         chunks=map(_base64, gathered.chunks),
     )
     file.writelines(parts)
+
+
+def _paces(facts: Facts) -> Paces:
+    """How each step went on, run by run."""
+    asked = [(step, run) for step, figures in facts.figures.items() for run in figures.get("asked", [])]
+    return [(step, run["pace"]) for step, run in asked if run.get("pace")]
 
 
 def _base64(packed: bytes) -> str:
