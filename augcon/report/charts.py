@@ -32,7 +32,7 @@ Paces = Sequence[tuple[str, Sequence[Sequence[float]]]]  # a step, and samples o
 
 
 def draw_charts(
-    gathered: Gathered, paces: Paces, texts: Mapping[str, str], names_of_kinds: Mapping[str, str]
+    gathered: Gathered, paces: Paces, texts: Mapping[str, Any], names_of_kinds: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     """The title and the SVG of each picture for which there is something to draw."""
     of = gathered.pairs.of
@@ -62,7 +62,7 @@ def draw_charts(
         if len(pace) > 1:
             with _Picture(texts["minutes"], texts["calls_per_second"]) as picture:
                 picture.rate(pace)
-            yield f"{texts['chart_rate']}: {step}", picture.svg
+            yield f"{texts['chart_rate']}: {texts['step_names'].get(step, step)}", picture.svg
 
 
 def _known(column: "array[float]") -> "array[float]":

@@ -173,7 +173,7 @@ function marked(content, words, classes) {
 function showSummary() {
   const of = data.counts, titles = ["articles", "roots", "nodes", "queries", "kept", "pairs"];
   const open = ["step 1", "step 2", "step 3"].filter((step) => !data.stages[step]?.finished || data.stages[step].outdated);
-  $("state").textContent = open.length ? fill(T.state_open, { steps: open.join(", ") }) : T.state_done;
+  $("state").textContent = open.length ? fill(T.state_open, { steps: open.map((step) => T.step_names[step]).join(", ") }) : T.state_done;
   const notes = {
     queries: of.doubtful ? fill(T.doubtful, { number: number(of.doubtful) }) : "",
     nodes: of.roots ? fill(T.per_root, { number: (of.nodes / of.roots).toFixed(1) }) : "",
@@ -669,7 +669,7 @@ function showRun() {
   }
   for (const [name, of] of Object.entries(data.figures)) {
     const { asked = [], ...others } = of;
-    $("figures-of-steps").append(element("h3", {}, name), ...[others, ...asked].map((all) => table(["", ""], figureRows(all))));
+    $("figures-of-steps").append(element("h3", {}, T.step_names[name] ?? name), ...[others, ...asked].map((all) => table(["", ""], figureRows(all))));
   }
 }
 
