@@ -37,6 +37,7 @@ Made = TypeVar("Made")
 LONG_ENOUGH = 30.0  # seconds after which nothing more of a part is tried
 FEW, MANY = 4, 256  # items tried together at first, then twice as many, and so on; and in all
 SIZES = ("", " k", " M", " G")
+ON_DISK = 5.5  # bytes for each byte of a reply: in the store, and in what is made of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +136,8 @@ async def try_step_1(settings: Settings, results: Results, store: Store) -> None
         drawn = [(kind, query) for query in good[: min(wanted, len(good))] for kind in NEGATIVES]
         pairs = await attempt(settings, llm, "worse questions", drawn[:MANY], worse)
         some = trees.of(share) + pairs.of(len(pairs.items) / max(1, len(NEGATIVES) * wanted))
-        report(settings, llm, "step 1", some, error_of(trees, quota))
+        nodes = sum(len(grown.nodes) for grown in trees.made) / share
+        report(settings, llm, "step 1", some, f"{amount(nodes)} nodes (± {error_of(trees, quota):.0%}), ")
         queries = sum(len(node.queries) for grown in trees.made for node in grown.nodes) / share
         print(
             f"step 2:  about {len(NEGATIVES) * wanted:,} pairs to learn from in {settings.scorer_epochs} epochs, and "
@@ -207,16 +209,14 @@ def error_of(trees: Tried[RootContext, Grown], quota: int) -> float:
     return 2 * math.sqrt(sum(each**2 for each in off) * number / (number - 1) * max(0.0, 1 - tried / quota)) / calls
 
 
-def report(settings: Settings, llm: "LLM", what: str, cost: Cost, error: float = 0) -> None:
+def report(settings: Settings, llm: "LLM", what: str, cost: Cost, first: str = "") -> None:
     """Prints what something takes."""
     prices = Prices.read(settings.prices)
     money = prices and prices.of(cost.prompt, cost.cached, cost.written)
     print(
-        f"{what + ':':<9}about {amount(cost.calls)} calls"
-        + (f" (± {error:.0%})" if error else "")
-        + f", {amount(cost.prompt)} prompt tokens"
+        f"{what + ':':<9}about {first}{amount(cost.calls)} calls, {amount(cost.prompt)} prompt tokens"
         + (f" ({cost.cached / cost.prompt:.0%} from the cache)" if cost.cached else "")
-        + f", {amount(cost.written)} written tokens, {amount(4 * cost.kept)}B on disk"
+        + f", {amount(cost.written)} written tokens, {amount(ON_DISK * cost.kept)}B on disk"
         + ("" if math.isnan(cost.seconds) else f", {span(cost.seconds)}")
         + (f", {money:,.2f} in money" if prices else "")
     )
