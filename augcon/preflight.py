@@ -7,6 +7,7 @@ the trial in its store.
 import dataclasses
 import math
 import random
+import sys
 import time
 import zlib
 from collections import Counter
@@ -78,6 +79,7 @@ async def attempt(
 ) -> Tried[Item, Made]:
     """Does the work on items drawn at random, ever more at once, until that has taken long enough."""
     order, tried = random.Random(settings.seed).sample(items, min(len(items), MANY)), Tried[Item, Made]()
+    longest = most = 0  # tokens of a prompt; of a reply, as allowed
 
     async def metered(item: Item) -> tuple[Made, Cost]:
         costs = [Cost()]
@@ -85,6 +87,8 @@ async def attempt(
         async def ask(request: Request) -> Reply:
             reply = await llm.ask(request)
             size = len(reply.text.encode("utf-8", "replace"))
+            nonlocal longest, most
+            longest, most = max(longest, reply.prompt_tokens), max(most, request.max_tokens)
             costs.append(Cost(1, reply.prompt_tokens, reply.cached_tokens, reply.written_tokens, size))
             return reply
 
@@ -101,6 +105,13 @@ async def attempt(
                 progress.update()
             written = sum(cost.written for cost in tried.costs[-len(batch) :])
             tried.speed, number = written / max(time.monotonic() - began, 1e-3), 2 * number
+    window = min(server.window for server in llm.servers.all)
+    if longest + most > window:
+        print(
+            f"warning: prompts of {longest:,} tokens, as in the {what} tried, leave {max(0, window - longest):,.0f} of "
+            f"the server's {window:,.0f} for a reply, which may take {most:,}; the longest will be cut off",
+            file=sys.stderr,
+        )
     if settings.speed or (llm.model == DEMO_MODEL and not settings.demo):  # which then stands in for a model
         tried.speed = settings.speed
     return tried

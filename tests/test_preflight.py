@@ -1,11 +1,13 @@
 """What a dry run foretells, beside what the run then takes."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, Engine, run
+from scripted_server import ScriptedServer, answers, says
 
 from augcon.preflight import amount, span
 
@@ -92,6 +94,20 @@ def test_times_are_those_of_the_server_or_of_a_given_speed_but_not_of_one_that_s
     assert not timed.search(stand_in) and timed.search(itself)
     seconds = figures(given, "step 1:")["written tokens"] / 10
     assert span(seconds) in given
+
+
+def test_a_window_too_small_for_prompt_and_reply_is_pointed_out(tmp_path: Path):
+    listing = {"data": [{"id": "model", "object": "model", "max_model_len": 4000}]}
+
+    async def main() -> str:
+        script = lambda body, before: says("Question: Why is this so?\nAnswer: For it is.")  # noqa: E731
+        async with ScriptedServer(script, answers(json.dumps(listing))) as server:
+            flags = ("--results", tmp_path, "--api-base", server.url, "--dry-run", "--candidates", "1")
+            done = await asyncio.to_thread(run, "step3_gen_a.py", *flags)
+            return done.stderr
+
+    (tmp_path / "filtered_queries.json").write_text('{"0": [["The mill opened in 1850.", "When did it open?"]]}')
+    assert "leave 3,993 of the server's 4,000 for a reply, which may take 4,096" in asyncio.run(main())
 
 
 def test_figures_in_few_digits():

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import heapq
 import itertools
+import math
 import re
 import resource
 import time
@@ -51,6 +52,7 @@ class Server:
         self.first_figures: dict[str, float] = {}
         self.served: dict[str, str] = {}  # the models, and the folders that vLLM read them from
         self.is_vllm = False
+        self.window = math.inf  # tokens of a prompt and its reply, where the server tells
         self.up = True
         self.under_way = self.most_under_way = self.successes = 0
         self.failures = 0  # since the last success
@@ -77,6 +79,7 @@ class Server:
                         models = [model async for model in self.client.models.list()]
             self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
             self.is_vllm = any(getattr(model, "owned_by", "") == "vllm" for model in models)
+            self.window = min(getattr(model, "max_model_len", None) or math.inf for model in models)
         except failures.NO_ANSWER as error:
             return error
         except (openai.APIError, TypeError, AttributeError, ValueError):
