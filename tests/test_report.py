@@ -5,6 +5,7 @@ import gzip
 import json
 import re
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -318,3 +319,17 @@ def test_fine_tuning_tells_what_is_wrong_with_a_review(finished: Path, tmp_path:
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(mark) + "\n" for mark in bad))
     none = run("finetune.py", "--results", finished, "--review", tmp_path / "all.jsonl", "--output", tmp_path / "o")
     assert says_one_line(none, "leaves no pair") and f"{len(bad):,} bad pairs left out" in none.stdout
+
+
+def test_both_languages_have_every_text_that_the_page_uses():
+    folder = ROOT / "augcon" / "report"
+    chinese, english = (tomllib.loads((folder / f"{of}.toml").read_text(encoding="utf-8")) for of in ("zh", "en"))
+    assert chinese.keys() == english.keys() and set(chinese["kinds"]) == set(english["kinds"]) == set(KINDS)
+    used = {*re.findall(r"\bT\.(\w+)", (folder / "page.js").read_text())}
+    used |= {*re.findall(r"\bt\.(\w+)", (folder / "page.html").read_text())}
+    used |= {*re.findall(r'texts\["(\w+)"\]', (folder / "charts.py").read_text())}
+    assert used <= chinese.keys()
+    for name, sentence in chinese.items():
+        assert name in ("reasons", "kinds", "figures") or set(re.findall(r"{\w+}", sentence)) == set(
+            re.findall(r"{\w+}", english[name])
+        )
