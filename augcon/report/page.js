@@ -211,7 +211,7 @@ function lossOf({ reason: name, detail, count, examples }, stays) {
 
 // ---- Pairs: the list
 
-const list = { found: [], page: 0, chosen: -1, run: 0, sample: null };
+const list = { found: [], page: 0, chosen: -1, shown: null, run: 0, turn: 0, sample: null };
 
 function numbersIn(name, low, high) {
   const from = low === "" ? -Infinity : Number(low), to = high === "" ? Infinity : Number(high);
@@ -323,8 +323,9 @@ async function choose(n, open) {
 async function showPair(editing = false) {
   const n = list.chosen;
   if (n < 0) return $("pair").replaceChildren();
-  const of = await pairAt(n);
-  if (n !== list.chosen) return;
+  const turn = ++list.turn, of = await pairAt(n);
+  if (turn !== list.turn) return; // another one has been asked for since
+  list.shown = of.pair;
   const mark = marks.byNumber.get(n);
   const question = mark?.new_question ?? of.pair.question, answer = mark?.new_answer ?? of.pair.answer;
   const article = ROOTS.article[PAIRS.root[n]];
@@ -337,6 +338,7 @@ async function showPair(editing = false) {
     ...passage(of),
     of.node ? button(T.in_tree, () => showInTree(PAIRS.root[n], of.pair.id), { class: "quiet" }) : "",
   );
+  $("new-answer")?.focus();
 }
 
 function markButtons(of, mark, editing) {
@@ -361,7 +363,6 @@ function editor(of, question, answer) {
     const changed = { new_question: asked.value.trim(), new_answer: said.value.trim() };
     if (changed.new_question && changed.new_answer) setMark("edited", changed);
   };
-  requestAnimationFrame(() => said.focus());
   return element("div", { class: "editor" }, asked, said, button(T.take, take, { class: "strong", id: "take" }), button(T.cancel, () => showPair()));
 }
 
@@ -386,17 +387,17 @@ function passage({ pair, root, node }) {
 
 const marks = { byNumber: new Map() };
 
+/** Marks the pair that is shown; a key that comes before the next one is shown does nothing. */
 async function setMark(mark, changed = {}) {
-  const n = list.chosen;
-  if (n < 0) return;
-  const { pair } = await pairAt(n);
+  const n = list.chosen, pair = list.shown;
+  if (pair?.n !== n) return;
   const again = marks.byNumber.get(n)?.mark === mark && mark !== "edited";
   if (again) marks.byNumber.delete(n);
   else marks.byNumber.set(n, { id: pair.id || null, question: pair.question, mark, ...changed });
   storeMarks();
-  await showPair();
+  const last = list.sample?.at(-1) ?? n; // in a sample, each mark leads to the next pair
+  await (n === last || again ? showPair() : step(1));
   await showList(list.page);
-  if (list.sample && !again) await step(1);
 }
 
 const lines = () => [...marks.byNumber.entries()].sort(([one], [other]) => one - other).map(([, mark]) => `${JSON.stringify(mark)}\n`);
