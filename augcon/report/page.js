@@ -709,6 +709,7 @@ function showSection() {
   for (const section of sections) section.hidden = section !== shown;
   for (const link of document.querySelectorAll("nav a"))
     link.hash === `#${shown.id}` ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  document.querySelector("nav [aria-current]").scrollIntoView({ block: "nearest", inline: "center" });
   scrollTo(0, 0);
 }
 
