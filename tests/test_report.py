@@ -329,7 +329,5 @@ def test_both_languages_have_every_text_that_the_page_uses():
     used |= {*re.findall(r"\bt\.(\w+)", (folder / "page.html").read_text())}
     used |= {*re.findall(r'texts\["(\w+)"\]', (folder / "charts.py").read_text())}
     assert used <= chinese.keys()
-    for name, sentence in chinese.items():
-        assert name in ("reasons", "kinds", "figures") or set(re.findall(r"{\w+}", sentence)) == set(
-            re.findall(r"{\w+}", english[name])
-        )
+    for name in (name for name, sentence in chinese.items() if isinstance(sentence, str)):
+        assert set(re.findall(r"{\w+}", chinese[name])) == set(re.findall(r"{\w+}", english[name])), name
