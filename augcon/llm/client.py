@@ -25,7 +25,8 @@ STRIKES = 6  # failures after which a request is given up, if others succeed in 
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
 _MANY = 20  # refused requests, or asks, from which on it matters whether most are refused or their replies no use
-_HARDLY_ANY = 0.8  # of the first replies to a request that are no use, from which on there is no point in more
+_HARDLY_ANY = 0.8  # share of requests whose first reply is of no use, from which on there is no point in more
+_AT_FIRST = 1000  # requests among which that is noticed
 # Sampling is AugCon's own; a model's generation_config.json would change it on some servers. vLLM knows more of it.
 _SAMPLING = {"top_p": 1}
 _VLLM_SAMPLING = {**_SAMPLING, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
@@ -75,6 +76,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self._refused: Counter[str] = Counter()  # by reason
         self._unusable: Counter[str] = Counter()  # first replies to a request, by reason
         self._first_replies = 0
+        self._early: list[bytes] = []  # keys of the replies that came meanwhile
         self._accepted: set[frozenset[str]] = set()  # sets of parameters that a server has answered
 
     async def __aexit__(self, *error: object) -> None:
@@ -163,7 +165,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     def _stop_if_most_are_no_use(self, reason: str, reply: str) -> None:
         self._unusable[reason] += 1
         useless = self._unusable.total()
-        if useless >= _MANY and useless > _HARDLY_ANY * self._first_replies:
+        if useless >= _MANY and _HARDLY_ANY * self._first_replies < useless <= _AT_FIRST:
+            self._store.forget(self._early)  # or a server that was mended would never be asked again
             reasons = ", ".join(f"{why} {times:,}" for why, times in self._unusable.most_common(3))
             raise UserError(
                 f"{useless:,} of the first {self._first_replies:,} replies are of no use ({reasons}), such as "
@@ -203,6 +206,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
     async def _ask_and_store(self, request: Request, body: dict[str, object], key: bytes) -> Reply:
         reply = await _Attempts(self, body, request.root).reply()
         self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
+        if self._first_replies <= _AT_FIRST:
+            self._early.append(key)
         return reply
 
     def _body(self, request: Request) -> dict[str, object]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from augcon.errors import UserError, one_line
@@ -39,6 +39,11 @@ class Store:
         data = reply.encode("utf-8", "surrogatepass")
         with self._one_line():
             self._connection.execute("INSERT OR REPLACE INTO replies VALUES (?, CAST(? AS TEXT))", (key, data))
+
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Removes replies."""
+        with self._one_line():
+            self._connection.executemany("DELETE FROM replies WHERE key = ?", ((key,) for key in keys))
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
