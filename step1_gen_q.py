@@ -90,7 +90,7 @@ async def grow_trees(
     """
     rules = pick(TreeRules, settings)
     shares = {root.root: math.ceil(settings.oversample * root.quota) for root in roots}  # of the progress
-    sample = pairs.Reservoir(
+    sample = pairs.Reservoir[Query](
         2 * len(pairs.NEGATIVES) * settings.negatives, settings.seed
     )  # twice: some come to nothing
     figures = TreeFigures()

@@ -16,7 +16,8 @@ from reports import HOSTILE, write_run
 
 from augcon.data import Pair
 from augcon.errors import UserError
-from augcon.report.alike import Sample, Scored, beside_kept
+from augcon.method.pairs import Reservoir
+from augcon.report.alike import Scored, beside_kept
 from augcon.report.gather import held
 from augcon.report.questions import KINDS, kind_of
 from augcon.run.review import Mark, apply_review, read_review
@@ -255,11 +256,11 @@ def test_a_question_left_out_stands_beside_the_kept_one_that_it_is_most_like():
 def test_a_sample_is_fair_and_the_same_for_its_seed():
     drawn = []
     for seed in range(300):
-        sample = Sample[int](5, seed)
+        sample = Reservoir[int](5, seed)
         for item in range(20):
             sample.offer(item)
-        assert len(set(sample.items)) == 5 and sample.offered == 20
-        drawn += sample.items
+        assert len(set(sample.kept)) == 5 and sample.offered == 20
+        drawn += sample.kept
     assert all(40 < drawn.count(item) < 115 for item in range(20))
 
 

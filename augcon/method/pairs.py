@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from augcon.data import Ask, Query, RootContext, ScorerPair
 from augcon.method.ask import ask_until_parsed
@@ -13,6 +13,7 @@ from augcon.ordered import map_in_order
 from augcon.text.parse import Improvable, parse_question
 from augcon.text.prompts import Prompts
 
+Item = TypeVar("Item")
 PromptsFor = Callable[[int], Prompts]  # the prompts for a root context by its number
 NEGATIVES: dict[str, dict[str, Any]] = {  # what is weaker in the prompt; see ``Prompts.cst_messages``
     "weak instruction": {"weak": True},
@@ -77,18 +78,18 @@ def balance(made: Mapping[str, Sequence[ScorerPair]]) -> list[ScorerPair]:
     return [pair for pairs in made.values() for pair in pairs[:most]]
 
 
-class Reservoir:
+class Reservoir(Generic[Item]):
     """A uniform random sample of a stream of unknown length, the same for the same stream and seed."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.offered = size, 0
-        self.kept: list[Query] = []
+        self.kept: list[Item] = []
         self._random = random.Random(seed)
 
-    def offer(self, query: Query) -> None:
-        """Offers the next query of the stream."""
+    def offer(self, item: Item) -> None:
+        """Offers the next item of the stream."""
         self.offered += 1
         if len(self.kept) < self.size:
-            self.kept.append(query)
+            self.kept.append(item)
         elif (place := self._random.randrange(self.offered)) < self.size:
-            self.kept[place] = query
+            self.kept[place] = item

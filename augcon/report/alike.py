@@ -1,9 +1,7 @@
 """Questions that were left out as too similar, each beside the kept one that it is most like."""
 
 import dataclasses
-import random
 from collections.abc import Sequence
-from typing import Generic, TypeVar
 
 from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
@@ -12,26 +10,7 @@ from augcon.method.diversity import likeness, rouge_l_precision
 from augcon.report.rows import Scored
 from augcon.text.units import words
 
-Item = TypeVar("Item")
 _COMPARED = 20
-
-
-class Sample(Generic[Item]):
-    """A random sample of what it is offered, at most ``size``, and how many there were; the same for the same seed."""
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.offered = size, 0
-        self.items: list[Item] = []
-        self._random = random.Random(seed)
-
-    def offer(self, item: Item) -> None:
-        """Takes the item in, perhaps for another one."""
-        place = self._random.randrange(self.offered + 1)
-        self.offered += 1
-        if len(self.items) < self.size:
-            self.items.append(item)
-        elif place < self.size:
-            self.items[place] = item
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,7 +16,8 @@ from typing import Any
 from rapidfuzz.distance import LCSseq
 
 from augcon.errors import UserError
-from augcon.report.alike import Alike, Sample, beside_kept
+from augcon.method.pairs import Reservoir
+from augcon.report.alike import Alike, beside_kept
 from augcon.report.questions import KINDS, kind_of
 from augcon.report.rows import Answered, NodeRow, RootRows, Scored, each_root
 from augcon.run.results import Results
@@ -103,8 +104,8 @@ class _Gathering:
         self.counts: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
         self.depths: Counter[int] = Counter()
-        self.losses: dict[tuple[str, str, str], Sample[dict[str, str]]] = {}
-        self.left_out: dict[str, Sample[tuple[Scored, list[Scored]]]] = {}
+        self.losses: dict[tuple[str, str, str], Reservoir[dict[str, str]]] = {}
+        self.left_out: dict[str, Reservoir[tuple[Scored, list[Scored]]]] = {}
         self.kept: list[Scored] = []
         self.scores = {"kept": array("d"), "left out": array("d")}
         self.pairs = Columns("root", "depth", "score", "length", "chinese", "kind", "context", "share")
@@ -164,7 +165,7 @@ class _Gathering:
             )
 
     def _lose(self, after: str, reason: str, detail: str, **example: str | None) -> None:
-        sample = self.losses.setdefault((after, reason, detail), Sample(_EXAMPLES, self.seed))
+        sample = self.losses.setdefault((after, reason, detail), Reservoir(_EXAMPLES, self.seed))
         sample.offer({name: excerpt(text) for name, text in example.items() if text})
 
     def _note_alike(self, rows: RootRows) -> None:
@@ -172,7 +173,7 @@ class _Gathering:
         self.kept += kept
         for row in rows.scored.values():
             if row.fate in ("alike", "alike elsewhere"):
-                self.left_out.setdefault(row.fate, Sample(_SIDE_BY_SIDE, self.seed)).offer((row, kept))
+                self.left_out.setdefault(row.fate, Reservoir(_SIDE_BY_SIDE, self.seed)).offer((row, kept))
 
     def _add_article(self, rows: RootRows) -> None:
         number = rows.root.article if rows.root else None
@@ -214,13 +215,13 @@ class _Gathering:
         alike = [
             beside_kept(row, self.kept if fate == "alike elsewhere" else kept)
             for fate, sample in self.left_out.items()
-            for row, kept in sample.items
+            for row, kept in sample.kept
         ]
         return Gathered(
             has=has,
             language=max(self.languages, key=self.languages.__getitem__, default="en"),
             counts={**self.counts, "articles": len(self.titles) if self.counts["roots"] else 0, "every": self.every},
-            losses=[Loss(*key, sample.offered, sample.items) for key, sample in self.losses.items()],
+            losses=[Loss(*key, sample.offered, sample.kept) for key, sample in self.losses.items()],
             alike=sorted(filter(None, alike), key=lambda each: -each.likeness),
             titles=self.titles,
             pairs=self.pairs,
