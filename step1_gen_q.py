@@ -106,11 +106,11 @@ async def grow_trees(
             async def ask(request: Request) -> Reply:
                 reply = await llm.ask(request)
                 progress.set_postfix_str(llm.state, refresh=False)
-                share.fill(1)
+                share.step()
                 return reply
 
             grown = await fill_root(ask, prompts_for(root.text, settings.language), root, rules, refills[root.root])
-            share.fill(share.left)
+            share.end()
             return grown
 
         async for root, grown in map_in_order(fill, roots, llm.servers.room):

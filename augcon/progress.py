@@ -53,12 +53,18 @@ class Panel:
 
 
 class Share:
-    """A part of a bar that fills step by step, never beyond ``left`` steps."""
+    """A part of a bar, of ``left`` steps, that fills step by step, the last one only at its end."""
 
     def __init__(self, bar: "tqdm[None]", left: int) -> None:
         self.bar, self.left = bar, left
 
-    def fill(self, steps: int) -> None:
-        """Fills as many of the steps as there is room for."""
-        self.bar.update(min(steps, self.left))
-        self.left = max(self.left - steps, 0)
+    def step(self) -> None:
+        """Fills one step, if it is not the last."""
+        if self.left > 1:
+            self.bar.update()
+            self.left -= 1
+
+    def end(self) -> None:
+        """Fills what is left."""
+        self.bar.update(self.left)
+        self.left = 0
