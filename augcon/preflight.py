@@ -229,7 +229,7 @@ def report(settings: Settings, llm: "LLM", what: str, cost: Cost, first: str = "
         + (f" ({cost.cached / cost.prompt:.0%} from the cache)" if cost.cached else "")
         + f", {amount(cost.written)} written tokens, {amount(ON_DISK * cost.kept)}B on disk"
         + ("" if math.isnan(cost.seconds) else f", {span(cost.seconds)}")
-        + (f", {money:,.2f} in money" if prices else "")
+        + (f", cost {money:,.2f}" if prices else "")
     )
 
 

@@ -134,7 +134,8 @@ def test_every_query_has_a_score_and_a_fate_and_the_best_that_differ_are_kept(bu
 @pytest.mark.slow
 def test_only_the_first_process_speaks_and_in_the_words_of_augcon(bundled: tuple[Path, str]):
     told = [line.partition(":")[0] for line in bundled[1].splitlines() if line and line[0] not in " ["]
-    assert told[:4] == ["settings", "input", "scorer", "trained"] and told[-4:] == ["scored", "kept", "roots", "made"]
+    assert told[:6] == ["settings", "input", "loading", "scorer", "loading", "trained"]
+    assert told[-4:] == ["scored", "kept", "roots", "made"]
     assert len(told) == 9, "and the line above the table"
 
 
