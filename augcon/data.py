@@ -181,16 +181,16 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back, and the tokens that it took, those of the prompt in the server's cache counted twice.
+    """What came back, and what it took: the tokens of the prompt, those of them in the server's cache, those written.
 
     ``complete`` is false when the server cut it off (``finish_reason`` "length").
     """
 
     text: str
     complete: bool
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    written_tokens: int = 0
+    prompt_tokens: int = dataclasses.field(default=0, compare=False)
+    cached_tokens: int = dataclasses.field(default=0, compare=False)
+    written_tokens: int = dataclasses.field(default=0, compare=False)
 
 
 Ask = Callable[[Request], Awaitable[Reply]]

@@ -136,7 +136,7 @@ def test_only_the_first_process_speaks_and_in_the_words_of_augcon(bundled: tuple
     told = [line.partition(":")[0] for line in bundled[1].splitlines() if line and line[0] not in " ["]
     assert told[:6] == ["settings", "input", "loading", "scorer", "loading", "trained"]
     assert told[-4:] == ["scored", "kept", "roots", "made"]
-    assert len(told) == 9, "and the line above the table"
+    assert len(told) == 11, "and the line above the table"
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def test_a_noise_that_never_parses_ends_every_node_after_its_tries(vllm: Engine,
 def test_a_context_too_long_for_the_model_is_cut_until_it_fits(vllm: Engine, tmp_path: Path):
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps({"article": text}) + "\n" for text in ("面包店七点开门。" * 2000, CORPUS[0])))
-    flags = ["--corpus", path, "--results", tmp_path / "r", "--max-length", 20_000, "--max-passes", 1]
+    flags = ["--corpus", path, "--results", tmp_path / "r", "--max-length", 20_000, "--max-passes", 1, "--tries", 1]
     done = run("step1_gen_q.py", *flags, "--query-max-tokens", 32, "--api-base", vllm.api, timeout=500)
     assert done.returncode == 0, done.stderr
     nodes = [json.loads(line) for line in (tmp_path / "r" / "nodes.jsonl").read_text().splitlines()]

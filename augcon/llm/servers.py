@@ -2,13 +2,13 @@
 
 import asyncio
 import contextlib
+import hashlib
 import heapq
 import itertools
 import math
 import re
 import resource
 import time
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import openai
@@ -142,6 +142,7 @@ class Servers:
 
     async def close(self) -> None:
         """Ends what goes on in the background, and the connections."""
+        self._end = self._end or UserError("the connections are closed")
         tasks = [*self._readers, *self._tasks.values()]
         for task in tasks:
             task.cancel()
@@ -227,7 +228,7 @@ class Servers:
         up = [server for server in self.all if server.up] or self.all
         if root is None:
             return min(up, key=lambda server: (server.under_way + len(server.waiting)) / server.limit.value)
-        return max(up, key=lambda server: zlib.crc32(f"{root} {server.api_base}".encode()))
+        return max(up, key=lambda server: hashlib.sha256(f"{root} {server.api_base}".encode()).digest())
 
     async def _read(self, server: Server) -> None:
         """Reads the figures of a server again and again, if it has any, and lets the limit follow them."""
@@ -268,7 +269,7 @@ class Servers:
         waiting, server.waiting = server.waiting, []
         for again, root, number, waits in waiting:
             heapq.heappush(self._home(root).waiting, (again, root, number, waits))
-        if server not in self._tasks:
+        if server not in self._tasks and not self._end:
             self._tasks[server] = asyncio.create_task(self._wait_for(server, error))
         self.fill()
 
