@@ -22,6 +22,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from augcon.errors import UserError
 
 PREFIX = "AUGCON_"
+_SEVERAL = ("--corpus=", "--qa-examples=", "--api-base=")  # flags that may be repeated
 Part = TypeVar("Part")
 
 
@@ -65,11 +66,20 @@ class Settings(BaseSettings):
 
     corpus: str = _corpus(
         "DailyM",
-        "articles: a dataset saved to disk, a hub name, a .jsonl, .json, .csv, .tsv or .parquet file, "
-        "or a folder of .txt and .md files",
+        "articles: files (.pdf, .docx, .html, .epub, .md, .txt, .jsonl, .json, .csv, .tsv, .parquet), folders and .zip "
+        "archives of them, saved datasets, hub names, addresses such as s3://…; several are separated by commas",
         min_length=1,
     )
     text_field: str = _corpus("article", "the field of the corpus that holds the text", min_length=1)
+    title_field: str = _corpus("title", "the field with the title, if there is one; it is shown with each context")
+    limit: int = _corpus(0, "use only so many articles, from the first on; 0: all", ge=0)
+    alike_articles: float = _corpus(
+        0.8,
+        "share of their runs of five words that two articles have in common from which the later one is left out; "
+        "0: only those that are the same",
+        ge=0,
+        le=1,
+    )
     max_length: int = _cut(500, "longest root context in CJK characters and other words (paper 4.1)", ge=20, le=100_000)
     quota_unit: int = _cut(35, "length of a root context for each pair wanted of it (paper 4.2)", ge=1)
     language: Literal["auto", "zh", "en"] = _cut("auto", "language of the prompts; auto: that of each root context")
@@ -272,6 +282,7 @@ def load_settings(doc: str, *groups: str) -> Settings:
             raise UserError(f"the environment sets {name}, which is not a setting{_meant(name, known)}; see --help")
     # The deepspeed launcher tells each of its processes its number, in the environment too.
     flags = [flag for flag in sys.argv[1:] if not re.match(r"--local[_-]rank(=|$)", flag)]
+    flags = _joined(flags)
     parser = _Parser(doc, groups)
     try:
         source = CliSettingsSource[Any](
@@ -287,6 +298,20 @@ def load_settings(doc: str, *groups: str) -> Settings:
         unknown = said.split()[2].partition("=")[0]  # without its value, which may be a key
         names = {"--" + name.replace("_", "-") for name in Settings.model_fields}
         raise UserError(f"there is no setting {unknown}{_meant(unknown, names)}; see --help for all of them") from None
+
+
+def _joined(flags: list[str]) -> list[str]:
+    """The flags, with the values of a repeated one that takes several names in one, separated by commas."""
+    pairs = [each for flag in flags for each in (flag.split("=", 1) if flag.startswith(_SEVERAL) else [flag])]
+    joined: list[str] = []
+    for at, flag in enumerate(pairs):
+        before = pairs[at - 1] if at else ""
+        if before + "=" in _SEVERAL and before in joined[:-1]:
+            joined.pop()
+            joined[joined.index(before) + 1] += f",{flag}"
+        else:
+            joined.append(flag)
+    return joined
 
 
 def _meant(name: str, names: set[str]) -> str:

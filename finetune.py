@@ -25,10 +25,10 @@ from augcon.errors import UserError, stage
 from augcon.files import digest, new_folder, read_lines, write_json
 from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
-from augcon.run.corpus import read_all
 from augcon.run.record import Record
 from augcon.run.results import STEP_3, Results
 from augcon.run.review import Reviewed, apply_review, read_review
+from augcon.run.rows import read_all
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
 

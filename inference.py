@@ -7,6 +7,7 @@ was. judge.py grades the outputs.
     python serve.py --model results/sft_model -- python inference.py
 """
 
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -20,12 +21,13 @@ from augcon.files import digest, read_dataset, write_dataset
 from augcon.llm.store import Store
 from augcon.ordered import map_in_order
 from augcon.progress import bar
-from augcon.run.corpus import read_column, texts
-from augcon.run.inputs import corpus_path
+from augcon.run.corpus import is_of_rows
+from augcon.run.inputs import names_in
 from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
 from augcon.run.report import CallFigures, format_counts, format_skipped
 from augcon.run.results import Results
+from augcon.run.rows import Unreadable, read_column, text_of
 from augcon.text.parse import without_thinking
 from augcon.text.units import clean, length
 from config import Settings, load_settings, pick
@@ -77,25 +79,31 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
 
 def read_questions(settings: Settings) -> tuple[list[str], Counter[str]]:
     """The question of each row, and how many are blank, by reason. Raises UserError where all are."""
-    blank: Counter[str] = Counter()
     try:
-        rows = list(question_rows(settings))
-        given = {article.number: article.text.strip() for article in texts(rows, blank)}
+        rows = list(map(text_of, question_rows(settings)))
     except UserError as error:
         if settings.questions:
             raise
         raise UserError(f"{error}; or name a file of questions with --questions") from error
-    if not given:
+    blank = Counter(row.reason for row in rows if isinstance(row, Unreadable))
+    if len(rows) == blank.total():
         raise UserError(f"{settings.questions or settings.corpus!r} has no question{format_skipped(blank)}")
-    return [given.get(number, "") for number in range(len(rows))], blank
+    return ["" if isinstance(row, Unreadable) else row.strip() for row in rows], blank
 
 
 def question_rows(settings: Settings) -> Iterator[Any]:
-    """The rows of the file of questions, of a .txt file its lines with text, or of the corpus's test split."""
+    """The rows of the file of questions, of a .txt file its lines with text, or of the corpus's test split.
+
+    Raises UserError where they would be articles.
+    """
     path = Path(settings.questions)
     if path.suffix.lower() != ".txt":
-        source = settings.questions or corpus_path(settings.corpus)
-        return read_column(source, settings.question_field, split="test", flag="--question-field")
+        sources = [settings.questions] if settings.questions else names_in(settings.corpus)
+        for source in sources:
+            if not is_of_rows(source):
+                raise UserError(f"{source!r} holds whole articles, and no questions")
+        columns = (read_column(source, settings.question_field, "test", "--question-field") for source in sources)
+        return itertools.chain.from_iterable(columns)
     try:
         return filter(str.strip, path.read_text(encoding="utf-8-sig").split("\n"))
     except (OSError, ValueError) as error:

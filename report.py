@@ -17,6 +17,7 @@ from augcon.errors import stage
 from augcon.files import digest, new_file, read_json, read_lines
 from augcon.report.gather import gather
 from augcon.report.page import Facts, write_page
+from augcon.run.corpus import Skipped
 from augcon.run.results import STEP_1, STEP_3, Results
 from config import load_settings
 
@@ -55,6 +56,7 @@ def facts_of(results: Results) -> Facts:
         figures=read_json(figures, dict[str, Any], "the steps") if figures.exists() else {},
         search=read_json(search, dict[str, Any], STEP_3) if search.exists() else {},
         short_roots=list(read_lines(short, dict[str, Any], STEP_1)) if short.exists() else [],
+        skipped=list(read_lines(results.skipped, Skipped, STEP_1)) if results.skipped.exists() else [],
         versions=versions(),
     )
 

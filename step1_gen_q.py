@@ -1,14 +1,14 @@
 """Step 1: a corpus becomes trees of queries (paper section 3.2, Context-Split-Tree).
 
-Reads the corpus. Writes into results/: contexts.jsonl (the root contexts), nodes.jsonl (every node of every tree),
-queries.json (the queries), short_roots.jsonl (roots short of their quota, with the reason) and scorer_pairs (good and
-worse queries, for step 2). Run it again and it goes on where it was. When step 2 has left refills.json, it grows one
+Reads the corpus. Writes into results/: contexts.jsonl (the root contexts), articles.jsonl (what is known of each
+article), skipped.jsonl (what gave no article, with the reason), nodes.jsonl (every node of every tree), queries.json
+(the queries), short_roots.jsonl (roots short of their quota, with the reason) and scorer_pairs (good and worse queries,
+for step 2). Run it again and it goes on where it was. When step 2 has left refills.json, it grows one
 more tree over each root context named there.
 
     python step1_gen_q.py --api-base http://127.0.0.1:8000/v1
 """
 
-import dataclasses
 import math
 import time
 from collections import Counter
@@ -23,10 +23,11 @@ from augcon.method.tree import Grown, TreeRules, fill_root
 from augcon.ordered import map_in_order
 from augcon.preflight import try_step_1
 from augcon.progress import Panel, Share, bar
-from augcon.run.inputs import CorpusRules, prompts_for, read_roots, tree_inputs
+from augcon.run.cut import CorpusRules, read_corpus
+from augcon.run.inputs import prompts_for, tree_inputs
 from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import CallFigures, TreeFigures, format_skipped, print_pairs
+from augcon.run.report import CallFigures, TreeFigures, print_pairs
 from augcon.run.results import STEP_2, Results
 from config import Settings, load_settings, pick
 
@@ -45,13 +46,9 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
     from augcon.llm.client import LLM, Endpoint  # slow: not for --help
 
     started = time.monotonic()
-    skipped: Counter[str] = Counter()
-    roots = read_roots(pick(CorpusRules, settings), skipped, results)
-    articles, wanted = len({root.article for root in roots}), sum(root.quota for root in roots)
-    print(
-        f"corpus:  {articles:,} articles{format_skipped(skipped)}; {len(roots):,} root contexts, "
-        f"{wanted:,} pairs wanted"
-    )
+    cut = read_corpus(pick(CorpusRules, settings), results)
+    cut.print()
+    roots = cut.roots
     async with LLM(pick(Endpoint, settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
         other = "" if model == settings.model else f" (steps 2 and later use the model setting, {settings.model!r})"
@@ -64,7 +61,7 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
         same = results.record.begin("step 1", inputs, results.made("step 1"), settings.redo)
         if not same:
             results.refills.unlink(missing_ok=True)  # of other trees
-        write_lines(results.contexts, map(dataclasses.asdict, roots))
+        cut.write(results)
 
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
         refills = Counter(root for short in rounds for root in short)

@@ -22,7 +22,7 @@ from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_que
 from augcon.ordered import map_in_order
 from augcon.preflight import try_step_3
 from augcon.progress import Panel, bar
-from augcon.run.inputs import answer_inputs, prompts_for, read_examples
+from augcon.run.inputs import answer_inputs, prompts_for, read_examples, text_for
 from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
 from augcon.run.report import CallFigures, format_counts, print_answers, print_search
@@ -118,11 +118,11 @@ async def answer_all(
     """Answers every query with the examples chosen for its language, and leaves out what is answered alike."""
     shown = {of: search.shown(search.winner) for of, search in searches.items()}
     rules = pick(AnswerRules, settings)
-    texts = {number: root.text.strip() for number, root in roots.items()} if settings.answer_from == "root" else {}
 
     async def answer(query: Query) -> Answer:
-        prompts, context = prompts_for(query.text, settings.language), texts.get(query.root, query.context)
-        answered = await answer_query(llm.ask, prompts, shown[prompts.language], query, context, rules)
+        prompts = prompts_for(query.text, settings.language)
+        context, title = text_for(query, roots.get(query.root), settings.answer_from)
+        answered = await answer_query(llm.ask, prompts, shown[prompts.language], query, context, rules, title)
         progress.set_postfix_str(llm.state, refresh=False)
         progress.update()
         if answered.text is not None:

@@ -14,10 +14,18 @@ Fate = Literal["kept", "alike", "alike elsewhere", "over quota"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Article:
-    """A text of the corpus, cleaned; ``number`` is its row, from 0."""
+    """A text of the corpus, cleaned; ``number`` is its place among all rows and files, from 0.
+
+    ``title`` may be empty. ``file`` is where it is from, ``row`` its number there, from 0, if it has several;
+    ``fields`` are what else the row holds, for its pairs.
+    """
 
     number: int
     text: str
+    title: str = ""
+    file: str = ""
+    row: int | None = None
+    fields: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,6 +34,7 @@ class RootContext:
 
     ``article`` is the row in the corpus; ``start`` and ``end`` are offsets in characters in the cleaned article, so
     that the contexts of an article, joined in order, give back its text. ``quota`` is the number of pairs wanted.
+    ``title`` is the article's, which goes with the context wherever a model is asked about it.
     """
 
     root: int
@@ -35,6 +44,7 @@ class RootContext:
     length: int
     quota: int
     text: str
+    title: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ the first step that has something to do, or none.
 """
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 from augcon.errors import stage
@@ -56,17 +55,16 @@ def server_of(settings: Settings, gpus: int) -> str:
 def check(settings: Settings, gpus: int) -> None:
     """Raises UserError for inputs that cannot be read, and for results that would be replaced without --redo."""
     # This takes seconds to import, and `next` does without.
-    from augcon.run.inputs import CorpusRules, answer_inputs, keep_roots, read_examples, read_roots, tree_inputs
+    from augcon.run.cut import CorpusRules, read_corpus
+    from augcon.run.inputs import answer_inputs, read_examples, tree_inputs
 
     results, rules = Results(settings.results), pick(CorpusRules, settings)
-    skipped: Counter[str] = Counter()
-    cut_from = rules.cut_from()
-    roots = read_roots(rules, skipped, results)
+    cut = read_corpus(rules, results)
     examples = read_examples(settings.qa_examples)
     served = {"demo": DEMO_MODEL, "vllm": settings.api_model or settings.model}.get(server_of(settings, gpus))
     model = {"model served": served} if served else {}
     stages = (
-        ("step 1", tree_inputs(settings.inputs("step 1"), roots, settings.language) | model),
+        ("step 1", tree_inputs(settings.inputs("step 1"), cut.roots, settings.language) | model),
         ("scorer", settings.inputs("scorer")),
         ("step 2", settings.inputs("step 2")),
         ("step 3", answer_inputs(settings.inputs("step 3"), examples, ("zh", "en")) | model),
@@ -74,7 +72,7 @@ def check(settings: Settings, gpus: int) -> None:
     with results.held():
         for stage_, inputs in stages:
             results.record.check(stage_, inputs, results.made(stage_), settings.redo)
-        keep_roots(results, cut_from, roots, skipped)
+        cut.keep(results)
 
 
 def needed(step: int, results: Results) -> bool:

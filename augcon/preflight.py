@@ -23,9 +23,10 @@ from augcon.method.tree import Grown, TreeRules, fill_root
 from augcon.ordered import map_in_order
 from augcon.plan import DEMO_MODEL
 from augcon.progress import bar
-from augcon.run.inputs import CorpusRules, prompts_for, read_examples, read_roots
+from augcon.run.cut import CorpusRules, read_corpus
+from augcon.run.inputs import prompts_for, read_examples, text_for
 from augcon.run.prices import Prices
-from augcon.run.report import TreeFigures, format_skipped, print_answers
+from augcon.run.report import TreeFigures, print_answers
 from augcon.run.results import Results
 from augcon.text.prompts import load_prompts
 from config import Settings, pick
@@ -121,10 +122,10 @@ async def try_step_1(settings: Settings, results: Results, store: Store) -> None
     """The recipe: grows trees over some root contexts and goes on with their queries as steps 1 to 3 do; figures."""
     from augcon.llm.client import LLM, Endpoint  # slow: not for --help
 
-    skipped: Counter[str] = Counter()
-    roots = read_roots(pick(CorpusRules, settings), skipped, results)
-    quota, rules = sum(root.quota for root in roots), pick(TreeRules, settings)
-    print(f"corpus:  {len(roots):,} root contexts, {quota:,} pairs wanted{format_skipped(skipped)}")
+    cut = read_corpus(pick(CorpusRules, settings), results)
+    cut.print()
+    roots, rules = cut.roots, pick(TreeRules, settings)
+    quota = sum(root.quota for root in roots)
 
     async def fill(ask: Ask, root: RootContext) -> Grown:
         return await fill_root(ask, prompts_for(root.text, settings.language), root, rules)
@@ -177,16 +178,17 @@ async def try_answers(
     """What step 3 takes for all queries, of which these are a ``share``; shows a pair in each language."""
     rules, examples = pick(AnswerRules, settings), read_examples(settings.qa_examples)
     languages = Counter(prompts_for(query.text, settings.language).language for query in queries)
-    texts = {root.root: root.text.strip() for root in roots} if settings.answer_from == "root" else {}
+    by_number = {root.root: root for root in roots}
     searches = {
         of: plan_search(examples, of, settings.examples_shown, settings.candidates, settings.seed) for of in languages
     }
 
     async def answer(ask: Ask, query: Query) -> Answer:
-        prompts, context = prompts_for(query.text, settings.language), texts.get(query.root, query.context)
+        prompts = prompts_for(query.text, settings.language)
+        context, title = text_for(query, by_number.get(query.root), settings.answer_from)
         search = searches[prompts.language]
         drawn = search.shown(zlib.crc32(query.id.encode()) % len(search.sets))  # which will win is not known yet
-        return await answer_query(ask, prompts, drawn, query, context, rules)
+        return await answer_query(ask, prompts, drawn, query, context, rules, title)
 
     async def grade(ask: Ask, drawn: tuple[Search, Trial]) -> Graded:
         search, (candidate, out) = drawn

@@ -8,14 +8,18 @@ from tqdm import tqdm
 _SETTLED = 60.0  # seconds over which the rate is taken, so that the time left does not jump
 
 
-def bar(total: int, what: str, unit: str) -> "tqdm[None]":
-    """A progress bar on standard error; call ``update`` and ``set_postfix_str`` on it, and close it."""
+def bar(total: int | None, what: str, unit: str, delay: float = 0) -> "tqdm[None]":
+    """A progress bar on standard error; call ``update`` and ``set_postfix_str`` on it, and close it.
+
+    Without a ``total`` there is no time left. It appears after ``delay`` seconds.
+    """
     live = sys.stderr.isatty()
     least, most = (0.2, 1) if live else (15, 60)  # seconds between two lines
     return tqdm(
         total=total,
         desc=what,
         unit=f" {unit}",
+        delay=delay,
         mininterval=least,
         maxinterval=most,
         smoothing=least / _SETTLED,

@@ -34,7 +34,8 @@ from augcon.llm.client import LLM, Endpoint  # noqa: E402
 from augcon.llm.store import Store  # noqa: E402
 from augcon.method.tree import TreeRules, fill_root  # noqa: E402
 from augcon.ordered import map_in_order  # noqa: E402
-from augcon.run.inputs import CorpusRules, prompts_for, read_roots  # noqa: E402
+from augcon.run.cut import CorpusRules, read_corpus  # noqa: E402
+from augcon.run.inputs import prompts_for  # noqa: E402
 
 SECONDS = {4: 10.0, 32: 2.0, 256: 4.0, 1024: 8.0, 8192: 30.0}  # of a reply, by the slots of a server
 NEVER = float("inf")
@@ -115,7 +116,7 @@ def questions(number: int) -> Work:
 
 def trees(ask: Ask) -> tuple[Callable[[Any], Awaitable[object]], Iterable[Any]]:
     """Step 1 on the bundled corpus, three times over."""
-    roots = read_roots(CorpusRules(str(ROOT / "DailyM"), "article", 500, 35), Counter())
+    roots = read_corpus(CorpusRules(str(ROOT / "DailyM"))).roots
     copies = [dataclasses.replace(root, root=n) for n, root in enumerate(roots * 3)]
 
     async def grow(root: RootContext) -> object:

@@ -27,7 +27,7 @@ from augcon.llm.client import LLM, Endpoint  # noqa: E402
 from augcon.llm.store import Store  # noqa: E402
 from augcon.method.contexts import split_article  # noqa: E402
 from augcon.ordered import map_in_order  # noqa: E402
-from augcon.run.corpus import read_column  # noqa: E402
+from augcon.run.rows import read_column  # noqa: E402
 from augcon.text.prompts import load_prompts  # noqa: E402
 
 IN_FLIGHT = 64

@@ -29,12 +29,11 @@ from augcon.data import Answer, Example, Query, Reply, Request, RootContext  # n
 from augcon.llm.client import LLM, Endpoint  # noqa: E402
 from augcon.llm.store import Store  # noqa: E402
 from augcon.method.answers import AnswerRules, answer_query, plan_search, thin_out  # noqa: E402
-from augcon.method.contexts import split_corpus  # noqa: E402
 from augcon.method.diversity import Candidates, rank_and_filter  # noqa: E402
 from augcon.method.tree import Grown, TreeRules, coverage, fill_root  # noqa: E402
 from augcon.ordered import map_in_order  # noqa: E402
-from augcon.run.corpus import read_column, texts  # noqa: E402
-from augcon.run.inputs import corpus_path, prompts_for, read_examples  # noqa: E402
+from augcon.run.cut import CorpusRules, read_corpus  # noqa: E402
+from augcon.run.inputs import prompts_for, read_examples  # noqa: E402
 from augcon.text.parse import Unparseable, parse_focus, parse_question, parse_split  # noqa: E402
 from augcon.text.units import language, length  # noqa: E402
 
@@ -93,8 +92,7 @@ def token_counter(model: str) -> CountTokens:
 
 def choose_roots(options: argparse.Namespace, of: str) -> list[RootContext]:
     """The middle root context of each article in a language."""
-    articles = texts(read_column(corpus_path(options.corpus), options.text_field), Counter())
-    roots = split_corpus(articles, options.max_length, 35)
+    roots = read_corpus(CorpusRules(options.corpus, options.text_field, max_length=options.max_length)).roots
     middle = []
     for _, group in itertools.groupby(roots, lambda root: root.article):
         of_article = list(group)

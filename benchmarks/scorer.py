@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from augcon.data import ScorerPair  # noqa: E402, I001
 from augcon.demo.tiny_model import make_tiny_model  # noqa: E402
 from augcon.method.contexts import split_article  # noqa: E402
-from augcon.run.corpus import read_column  # noqa: E402
+from augcon.run.rows import read_column  # noqa: E402
 from augcon.train import base as training  # noqa: E402
 from augcon.train import loop, ranks, scorer  # noqa: E402
 

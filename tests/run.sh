@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what is missing, then runs the linters and the tests. Arguments are passed on to pytest.
 #
-#   bash tests/run.sh                           all tests, a real vLLM server among them
+#   bash tests/run.sh                           the tests, a real vLLM server among them
+#   bash tests/run.sh -m nightly                those that take ten minutes or more
 #   bash tests/run.sh -m "not slow"             the fast ones
 #   bash tests/run.sh tests/test_diversity.py   those of one file
 set -euo pipefail

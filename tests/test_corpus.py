@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from augcon.data import RootContext
+from augcon.data import Article, RootContext
 from augcon.errors import UserError
 from augcon.method.contexts import SHORT, split_article, split_corpus
-from augcon.run.corpus import read_column, texts
-from augcon.run.inputs import corpus_path
+from augcon.run.corpus import Corpus
+from augcon.run.inputs import names_in
+from augcon.run.rows import Unreadable, read_column, text_of
 from augcon.text import units as text
 
 FREE = Path(__file__).parents[2] / "shared" / "data" / "corpus_zh_free.jsonl"
@@ -29,8 +30,10 @@ LONG = st.lists(st.tuples(NASTY, st.integers(1, 40)), max_size=4).map(lambda run
 
 
 def contexts_of(*rows: object, max_length: int = 500, quota_unit: int = 35) -> tuple[list[RootContext], Counter[str]]:
-    skipped: Counter[str] = Counter()
-    return list(split_corpus(texts(rows, skipped), max_length, quota_unit)), skipped
+    texts = list(map(text_of, rows))
+    articles = [Article(number, text) for number, text in enumerate(texts) if isinstance(text, str)]
+    skipped = Counter(text.reason for text in texts if isinstance(text, Unreadable))
+    return list(split_corpus(articles, max_length, quota_unit)), skipped
 
 
 # Splitting
@@ -197,10 +200,16 @@ def read(tmp_path, monkeypatch):
     return read
 
 
+def corpus_of(*sources: object, field: str = "article", limit: int = 0, alike: float = 0.8) -> tuple[Corpus, list]:
+    """What is read of some sources: the corpus, for what was skipped, and the articles."""
+    corpus = Corpus(map(str, sources), field, "title", limit, alike)
+    return corpus, list(corpus.articles())
+
+
 def refusal(source: object, field: str = "article") -> str:
     """The one line that is said of a corpus that cannot be had."""
     with pytest.raises(UserError) as error:
-        list(read_column(str(source), field))
+        corpus_of(source, field=field)
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     return str(error.value)
 
@@ -231,10 +240,10 @@ def test_the_sample_corpus_is_read():
 
 def test_the_sample_corpus_is_found_from_anywhere_that_has_none_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert corpus_path("DailyM") == str(Path(__file__).parents[1] / "DailyM")
+    assert names_in("DailyM") == [str(Path(__file__).parents[1] / "DailyM")]
     (tmp_path / "DailyM").mkdir()
     (tmp_path / "DailyM" / "mine.txt").write_text("甲。", "utf-8")
-    assert list(read_column(corpus_path("DailyM"), "article")) == ["甲。"]
+    assert [article.text for article in corpus_of(*names_in("DailyM"))[1]] == ["甲。"]
 
 
 def test_json_lines_are_read_whatever_some_lines_are(read):
@@ -284,21 +293,34 @@ def test_parquet_is_read(read, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["corpus.txt", "corpus.MD"])
-def test_one_text_file_is_one_article(read, name):
-    assert read(name, "\ufeff# 标题\n甲。") == ["# 标题\n甲。"]
+def test_one_text_file_is_one_article(tmp_path, name):
+    (tmp_path / name).write_text("\ufeff# 标题\n甲。", "utf-8")
+    assert [article.text for article in corpus_of(tmp_path / name)[1]] == ["# 标题\n甲。"]
 
 
-def test_a_folder_is_read_in_order_and_unreadable_files_are_counted(tmp_path):
+def test_a_folder_is_read_in_order_and_what_is_not_read_is_listed(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "folder.txt").mkdir()
     (tmp_path / "a.txt").write_text("甲", "utf-8")
     (tmp_path / "b.txt").write_bytes("乙".encode("gb18030"))
     (tmp_path / "c.txt").symlink_to("nowhere")
-    (tmp_path / "d.pdf").write_text("not read", "utf-8")
+    (tmp_path / "d.png").write_text("a picture", "utf-8")
+    (tmp_path / ".hidden.txt").write_text("not meant", "utf-8")
     (tmp_path / "deep" / "er" / "e.md").write_text("丙", "utf-8")
-    rows = list(read_column(str(tmp_path), "any field"))
-    assert [row for row in rows if isinstance(row, str)] == ["甲", "丙"]
-    assert contexts_of(*rows)[1] == {"not in UTF-8: b.txt": 1, "cannot be read: c.txt": 1}
+    (tmp_path / "deep" / "loop").symlink_to(tmp_path)
+    (tmp_path / "settings.json").write_text('[{"a": 1}]')
+    corpus, articles = corpus_of(tmp_path)
+    name = tmp_path.name
+    assert [(article.number, article.file, article.text) for article in articles] == [
+        (0, f"{name}/a.txt", "甲"),
+        (3, f"{name}/deep/er/e.md", "丙"),
+    ]
+    assert {(skipped.file, skipped.reason) for skipped in corpus.skipped} == {
+        (f"{name}/b.txt", "not in UTF-8"),
+        (f"{name}/c.txt", "cannot be read"),
+        (f"{name}/d.png", "files of this kind are not read"),
+        (f"{name}/settings.json", "no articles in it"),
+    }
 
 
 @pytest.mark.parametrize(
@@ -357,8 +379,8 @@ def test_a_folder_without_a_corpus_is_refused(tmp_path, content):
 
 
 def test_a_file_of_an_unknown_kind_is_refused_with_the_known_ones(tmp_path):
-    (tmp_path / "corpus.docx").write_text("x")
-    assert ".jsonl" in (said := refusal(tmp_path / "corpus.docx")) and "corpus.docx" in said
+    (tmp_path / "corpus.xls").write_text("x")
+    assert ".jsonl" in (said := refusal(tmp_path / "corpus.xls")) and "corpus.xls" in said
 
 
 def test_a_file_that_may_not_be_read_is_refused(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon.data import Pair
 from augcon.errors import UserError
-from augcon.run.corpus import read_all
+from augcon.run.rows import read_all
 from augcon.train import base as training
 from augcon.train import loop
 from augcon.train import sft as tuning

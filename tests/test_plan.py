@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from augcon.errors import UserError
 from augcon.files import digest
 from augcon.method.contexts import split_corpus
 from augcon.plan import DEMO_MODEL, check, needed, way
-from augcon.run import inputs
+from augcon.run import cut as cut_module
 from augcon.run.results import Results
-from config import Settings, load_settings
+from config import Settings, load_settings, pick
 
 MADE = {"step 1": "queries.json", "scorer": "scorer", "step 2": "filtered_queries.json", "step 3": "sft_data"}
 
@@ -201,16 +200,16 @@ def cut(tmp_path: Path, settings: Callable[..., Settings], monkeypatch: pytest.M
     """Reads the corpus as step 1 does; returns how often it was cut."""
     (tmp_path / "c.jsonl").write_text(CORPUS)
     cuts = []
-    monkeypatch.setattr(inputs, "split_corpus", lambda *given: cuts.append(1) or split_corpus(*given))
+    monkeypatch.setattr(cut_module, "split_corpus", lambda *given: cuts.append(1) or split_corpus(*given))
 
     def read(*flags: object) -> int:
         cuts.clear()
         chosen = settings("--demo", "--corpus", tmp_path / "c.jsonl", "--results", tmp_path / "r", *flags)
-        skipped: Counter[str] = Counter()
-        rules = inputs.CorpusRules(chosen.corpus, chosen.text_field, chosen.max_length, chosen.quota_unit)
-        roots = inputs.read_roots(rules, skipped, Results(tmp_path / "r"))
+        rules = pick(cut_module.CorpusRules, chosen)
+        found = cut_module.read_corpus(rules, Results(tmp_path / "r"))
         times = len(cuts)
-        assert (roots, skipped) == (inputs.read_roots(rules, Counter()), {"empty": 1}), "as if cut anew"
+        assert found == cut_module.read_corpus(rules), "as if cut anew"
+        assert [skipped.reason for skipped in found.skipped] == ["empty"] and len(found.articles) == 3
         return times
 
     return read

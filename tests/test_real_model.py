@@ -16,7 +16,7 @@ from conftest import ROOT, Engine, free_port, run
 
 from augcon.machine.vllm import vllm_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 needs_vllm = pytest.mark.skipif(not importlib.util.find_spec("vllm"), reason="vLLM is not installed")
 
 # The beginnings of the four English ones.

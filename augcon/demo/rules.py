@@ -83,7 +83,10 @@ def recognise(prompt: list[Message] | str) -> Task:
                 elif kind == "answer":
                     last = turns[-1] if len(turns) > 1 else label + whole.rpartition(f"\n\n{label}")[2]
                     fixed = whole.removesuffix(last)
-                return Task(kind, prompts, fixed, whole.removeprefix(fixed).removeprefix(label))
+                rest = whole.removeprefix(fixed)
+                if rest.startswith(prompts.line(prompts.labels.title, "")):
+                    rest = rest.partition("\n\n")[2]
+                return Task(kind, prompts, fixed, rest.removeprefix(label))
     return Task("other", _prompts_now(text.language(whole[-2000:])), "", whole)
 
 

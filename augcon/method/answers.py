@@ -7,7 +7,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from augcon.data import Answer, Ask, Example, Query, Request
+from augcon.data import Answer, Ask, Example, Message, Query, Request
 from augcon.method.ask import ask_until_parsed
 from augcon.method.diversity import Sweep
 from augcon.text.checks import parse_answer
@@ -112,7 +112,7 @@ async def try_examples(
 
     Faults of the answer are left to the grade, unless it is empty.
     """
-    request = _request(prompts, shown, example.context, example.question, rules)
+    request = _request(prompts.answer_messages(shown, example.context, example.question), prompts, rules)
     answer = await ask_until_parsed(
         ask, request, rules.answer_tries, lambda reply: bare_answer(reply, example.question, prompts)
     )
@@ -126,13 +126,20 @@ async def try_examples(
 
 
 async def answer_query(
-    ask: Ask, prompts: Prompts, shown: Sequence[Example], query: Query, context: str, rules: AnswerRules
+    ask: Ask,
+    prompts: Prompts,
+    shown: Sequence[Example],
+    query: Query,
+    context: str,
+    rules: AnswerRules,
+    title: str = "",
 ) -> Answer:
     """Answers a query, asking again until an answer passes. Raises what ``ask`` raises.
 
-    ``context`` is that of the query or a larger one around it.
+    ``context`` is that of the query or a larger one around it; ``title`` is the article's.
     """
-    request = _request(prompts, shown, context, query.text, rules, query.context, query.root)
+    messages = prompts.answer_messages(shown, context, query.text, query.context, title)
+    request = _request(messages, prompts, rules, query.root)
     within = dataclasses.replace(query, context=context)
     answer = await ask_until_parsed(
         ask, request, rules.answer_tries, lambda reply: parse_answer(reply, within, prompts, shown)
@@ -156,14 +163,6 @@ def thin_out(answers: Iterable[Answer], articles: Mapping[int, int], alike: floa
         yield answer
 
 
-def _request(
-    prompts: Prompts,
-    shown: Sequence[Example],
-    context: str,
-    question: str,
-    rules: AnswerRules,
-    focus: str = "",
-    root: int | None = None,
-) -> Request:
-    messages, end = prompts.answer_messages(shown, context, question, focus), prompts.end_of_reply()
+def _request(messages: list[Message], prompts: Prompts, rules: AnswerRules, root: int | None = None) -> Request:
+    end = prompts.end_of_reply()
     return Request(messages, rules.answer_temperature, rules.answer_max_tokens, text_end=end, root=root)

@@ -71,5 +71,6 @@ def split_corpus(articles: Iterable[Article], max_length: int, quota_unit: int) 
         start = 0
         for context in split_article(article.text, max_length):
             end, long = start + len(context), length(context)
-            yield RootContext(root, article.number, start, end, long, max(1, math.ceil(long / quota_unit)), context)
+            quota = max(1, math.ceil(long / quota_unit))
+            yield RootContext(root, article.number, start, end, long, quota, context, article.title)
             root, start = root + 1, end

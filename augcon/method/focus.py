@@ -48,7 +48,7 @@ def messages(prompts: Prompts, root: RootContext, context: str, min_length: int,
     start = max(0, root.text.find(context))
     first = bisect.bisect_right(ends, start)
     last = bisect.bisect_left(ends, min(start + len(context), ends[-1]))
-    return prompts.focus_messages(listed, first, last + 1, **weaker)
+    return prompts.focus_messages(listed, first, last + 1, root.title, **weaker)
 
 
 async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeRules", pass_number: int) -> list[Node]:
@@ -61,7 +61,7 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
         context = "".join(listed[first:end]).strip()
         if before[end] - before[first] < rules.min_length:
             return [Node(root.root, pass_number, path, context, None, "too short")]
-        draft, told = Draft(root.text, above), -1
+        draft, told = Draft(root.text, above, root.title), -1
         leaf = end - first == 1 or before[end] - before[first] < rules.leaf_length
 
         def read(reply: str) -> bool:
@@ -71,7 +71,7 @@ async def grow_tree(ask: Ask, prompts: Prompts, root: RootContext, rules: "TreeR
             return True
 
         request = Request(
-            prompts.focus_messages(listed, first, end),
+            prompts.focus_messages(listed, first, end, root.title),
             rules.query_temperature,
             rules.query_max_tokens,
             sample,

@@ -17,11 +17,13 @@ ALIKE = 0.9  # likeness from which one question is a copy of another
 class Draft:
     """A node in the making. Its question is the first with nothing wrong, or else the first.
 
-    The question is checked against ``text``; ``above`` is the question about the context above, if any.
+    The question is checked against ``text`` and the article's ``title``; ``above`` is the question about the context
+    above, if any.
     """
 
     text: str
     above: str | None
+    title: str = ""
     question: str | None = None
     fault: str = "no question"
     outcome: Outcome = "done"
@@ -40,7 +42,7 @@ class Draft:
             return COPY
         if points_at_text(question, self.text):
             return "speaks of the text"
-        names = ungrounded(question, self.text)
+        names = ungrounded(question, f"{self.title}\n{self.text}" if self.title else self.text)
         return f"not in the context: {', '.join(names)}" if names else ""
 
     async def improve(self, ask: Ask, prompts: Prompts, request: Request, most: int) -> None:

@@ -52,9 +52,9 @@ def question_request(
     if rules.split == "focus":
         messages = focus.messages(prompts, root, context, rules.min_length, **weaker)
     elif length(context) < rules.leaf_length and not weaker:
-        messages = prompts.question_messages(context)
+        messages = prompts.question_messages(context, root.title)
     else:
-        messages = prompts.cst_messages(context, **weaker)
+        messages = prompts.cst_messages(context, root.title, **weaker)
     end, pattern = prompts.end_of_question(), prompts.question_pattern()
     return Request(
         messages, rules.query_temperature, rules.query_max_tokens, sample, end, pattern=pattern, root=root.root
@@ -91,10 +91,10 @@ async def grow_tree(
         if part.length < rules.min_length or used_up:
             detail = "share of the root used up" if used_up else ""
             return [Node(root.root, pass_number, path, part.text, None, "too short", detail)]
-        draft, halves = Draft(part.text, above), list[_Part]()
+        draft, halves = Draft(part.text, above, root.title), list[_Part]()
         leaf = part.length < rules.leaf_length
         if not leaf:
-            draft, halves = await _ask_about(ask, prompts, part, root.root, rules, sample, above)
+            draft, halves = await _ask_about(ask, prompts, part, root, rules, sample, above)
         if leaf or draft.tries:  # else the server has refused
             await draft.improve(ask, prompts, question_request(prompts, root, part.text, rules, sample), rules.tries)
         total = sum(half.length for half in halves) or 1
@@ -107,13 +107,13 @@ async def grow_tree(
 
 
 async def _ask_about(
-    ask: Ask, prompts: Prompts, part: _Part, root: int, rules: TreeRules, sample: int, above: str | None
+    ask: Ask, prompts: Prompts, part: _Part, root: RootContext, rules: TreeRules, sample: int, above: str | None
 ) -> tuple[Draft, list[_Part]]:
     """The node in the making, and the halves to go on with.
 
     A bad split is asked for again, unless the context is a single sentence: that may be left whole.
     """
-    draft = Draft(part.text, above)
+    draft = Draft(part.text, above, root.title)
     single = len(sentences(part.text)) < 2
 
     def read(reply: str) -> list[_Part]:
@@ -127,13 +127,13 @@ async def _ask_about(
         return halves
 
     request = Request(
-        prompts.cst_messages(part.text),
+        prompts.cst_messages(part.text, root.title),
         rules.query_temperature,
         rules.query_max_tokens,
         sample,
         text_end=prompts.end_of_reply(),
         pattern=prompts.cst_pattern(rules.max_length),
-        root=root,
+        root=root.root,
     )
     asked = await ask_until_parsed(ask, request, rules.tries, read)
     draft.tries = asked.tries

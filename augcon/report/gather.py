@@ -178,8 +178,8 @@ class _Gathering:
     def _add_article(self, rows: RootRows) -> None:
         number = rows.root.article if rows.root else None
         if not self.titles or self.articles.of["number"][-1] != number:
-            title = next(iter(rows.root.text.strip().splitlines()), "") if rows.root else ""
-            self.titles.append(excerpt(title, _TITLE))
+            first = next(iter(rows.root.text.strip().splitlines()), "") if rows.root else ""
+            self.titles.append(excerpt(rows.root.title or first if rows.root else "", _TITLE))
             self.articles.append(number=number, length=0, covered=0, finer=0)
         if rows.root:
             used = {row.origin.id for row in rows.answered}

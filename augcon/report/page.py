@@ -19,13 +19,15 @@ from typing import IO, Any
 from augcon.report.charts import Paces, draw_charts
 from augcon.report.gather import Columns, Gathered, Loss, pack
 from augcon.report.questions import KINDS
+from augcon.run.corpus import Skipped
 
 _FOLDER = Path(__file__).parent
+_EXAMPLES = 5  # of each loss
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of the run: its folder, a name for its marks, its record, figures, search and versions."""
+    """What is known of the run; ``run`` is a name for its marks, ``stages`` its record."""
 
     folder: str
     run: str
@@ -33,6 +35,7 @@ class Facts:
     figures: Mapping[str, Any]
     search: Mapping[str, Any]
     short_roots: list[Mapping[str, Any]]
+    skipped: list[Skipped]
     versions: Mapping[str, str]
 
 
@@ -86,10 +89,15 @@ def _index(gathered: Gathered, facts: Facts, texts: Mapping[str, Any]) -> dict[s
 
 def _losses(gathered: Gathered, facts: Facts) -> list[Loss]:
     """All losses, the largest first; also what other files tell: rows skipped, roots short, queries edited by hand."""
-    cut = facts.stages.get("corpus as cut", {}).get("finished") or {}
-    losses = [Loss("articles", reason, "", count, []) for reason, count in cut.get("skipped", {}).items()]
+    losses = []
+    for reason, count in Counter(row.reason for row in facts.skipped).items():
+        some = [row for row in facts.skipped if row.reason == reason][:_EXAMPLES]
+        named = [{"id": row.name, **({"reason": row.detail} if row.detail else {})} for row in some]
+        losses.append(Loss("articles", reason, "", count, named))
     if short := facts.short_roots:
-        losses.append(Loss("roots", "short of their quota", "", len(short), [_as_texts(row) for row in short[:5]]))
+        losses.append(
+            Loss("roots", "short of their quota", "", len(short), [_as_texts(row) for row in short[:_EXAMPLES]])
+        )
     counts = Counter(gathered.counts)
     by_hand = counts["pairs"] + counts["dropped"] - counts["kept"]
     if by_hand and counts["scored"] and counts["pairs"]:

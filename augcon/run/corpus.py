@@ -1,165 +1,280 @@
-"""Reading what users bring (articles, questions, pairs, example answers) from files, folders, datasets or the hub."""
+"""Articles from what users bring: files, folders, archives, datasets, addresses. Each text is taken once, and what is
+skipped is listed with its reason."""
 
 import dataclasses
-import json
-import logging
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+import datetime
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import rensa
 
 from augcon.data import Article
 from augcon.errors import UserError, one_line
-from augcon.text.units import clean
+from augcon.run.documents import MIME, Converter
+from augcon.run.rows import BUILDERS, JSON_LINES, Unreadable, is_dataset, read_rows, text_of
+from augcon.text.tidy import Tidied, tidy
+from augcon.text.units import clean, units
 
-if TYPE_CHECKING:
-    import datasets
+TEXT = {".txt": False, ".md": True, ".markdown": True}  # and whether it is Markdown
+ROWS = {*JSON_LINES, *BUILDERS}
+ARCHIVE = ".zip"
+LARGEST = 256 << 20  # bytes of a file that is one article
+_LONGEST_FIELD = 1000  # characters of a value that goes with the article
+_RUN = 5  # units; articles are compared by the runs of so many that they share
+_PERMUTATIONS, _BANDS = 128, 32
 
-Shape = TypeVar("Shape")
-TEXT = {".txt", ".md"}
-JSON_LINES = {".jsonl", ".ndjson"}
-BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
+Place = Any  # a Path, a zipfile.Path, or a UPath, which have the same methods
 
 
-@dataclasses.dataclass(frozen=True)
-class Unreadable:
-    """Stands for a row that cannot be read, with the reason in a few words, for counting."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file, or a ``row`` of one (from 0), that gives no article, and why; ``detail`` says more."""
 
+    file: str
+    row: int | None
     reason: str
+    detail: str = ""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return _named(self.file, self.row)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-Row = dict[str, Any] | Unreadable
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """A text, or why there is none, and where it is from."""
+
+    text: Any
+    file: str
+    row: int | None = None
+    title: str = ""
+    fields: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
+    markdown: bool = False
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return _named(self.file, self.row)
 
 
-def read_column(source: str, field: str, split: str = "train", flag: str = "--text-field") -> Iterator[Any]:
-    """The values of one field, row by row; see ``read_rows``. ``flag`` is the setting that names the field."""
-    for row in read_rows(source, (field,), split, "corpus", f"name one with {flag}"):
-        yield row if isinstance(row, Unreadable) else row.get(field)
+Read = Callable[[], Iterable[_Found]]  # of a place, once its turn has come
 
 
-def read_all(source: str, shape: type[Shape], flag: str) -> list[Shape]:
-    """All rows as ``shape``, a dataclass of texts. Raises UserError, with the row, where a field of it is no text."""
-    fields = [field.name for field in dataclasses.fields(shape)]  # type: ignore[arg-type]
-    found = []
-    for number, row in enumerate(read_rows(source, fields, "train", flag, "add it"), 1):
-        where = f"{flag} {source!r}, row {number}"
-        if isinstance(row, Unreadable):
-            raise UserError(f"{where} is not JSON in UTF-8 with the fields {', '.join(fields)} ({row.reason})")
-        for field in fields:
-            if not isinstance(row.get(field), str) or not clean(row[field]).strip():
-                raise UserError(f"{where}: {field!r} must be a text, not {row.get(field)!r:.80}")
-        found.append(shape(**{field: clean(row[field]).strip() for field in fields}))
-    if not found:
-        raise UserError(f"{flag} {source!r} has no rows")
-    return found
+class Corpus:
+    """The articles of several sources, in their order; ``skipped`` and ``left_out`` fill while they are read.
 
-
-def read_rows(source: str, fields: Iterable[str], split: str, what: str, advice: str) -> Iterator[Row]:
-    """The rows of a file, a saved dataset (of ``split``, where there are several), a folder of texts, or a hub name.
-
-    A text file is one row, with the text in the first of the ``fields``. Raises UserError, about ``what``, when the
-    source cannot be read, or, with ``advice``, when no row has one of the fields.
+    ``alike``: share of their runs of words from which an article is left out as the same as an earlier one; 0: never.
+    ``limit``: the number of articles wanted; 0: all. ``left_out`` counts lines by what they are, such as navigation.
     """
-    what = f"{what} {source!r}"
-    try:
-        path = Path(source).expanduser()
-        path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a ~user who is not there
-        raise UserError(f"{what} is not a path: {one_line(error)}") from error
-    if path.is_file() and not path.stat().st_size:
-        raise UserError(f"{what} is an empty file")
-    suffix = path.suffix.lower() if path.is_file() else ""
-    if suffix in JSON_LINES:
-        return _read_json_lines(what, fields, advice, path)
-    folder = path.is_dir() and not ((path / "dataset_dict.json").exists() or (path / "state.json").exists())
-    if folder or suffix in TEXT:
-        files = sorted(path.rglob("*")) if folder else [path]
-        texts = [file for file in files if file.suffix.lower() in TEXT and not file.is_dir()]
-        if not texts:
-            raise UserError(f"{what} is a folder without a saved dataset or .txt or .md files")
-        return (_read_text(file, *fields) for file in texts)
-    dataset = _open_dataset(what, source, path, split)
-    _check_fields(what, fields, dataset.column_names, advice)
-    return iter(dataset.select_columns(list(fields)))
 
+    def __init__(self, sources: Iterable[str], text_field: str, title_field: str, limit: int, alike: float) -> None:
+        self.skipped: list[Skipped] = []
+        self.left_out: Counter[str] = Counter()
+        self._sources, self._text, self._title, self._limit = list(sources), text_field, title_field, limit
+        self._earlier = _Earlier(alike)
+        self._converter = Converter()
 
-def _read_text(path: Path, field: str, *_: str) -> Row:
-    try:
-        return {field: path.read_text(encoding="utf-8-sig")}
-    except UnicodeDecodeError:
-        return Unreadable(f"not in UTF-8: {path.name}")
-    except OSError:
-        return Unreadable(f"cannot be read: {path.name}")
-
-
-def _read_json_lines(what: str, fields: Iterable[str], advice: str, path: Path) -> Iterator[Row]:
-    """Line by line rather than through ``datasets``, which gives up a whole file for one bad line."""
-    seen: dict[str, None] = {}
-    try:
-        lines = path.open("rb")
-    except OSError as error:
-        raise UserError(f"{what} cannot be read: {one_line(error)}") from error
-    with lines:
-        for line in filter(bytes.strip, lines):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                yield Unreadable("broken line")
+    def articles(self) -> Iterator[Article]:
+        """The articles. Raises UserError where a source cannot be read at all."""
+        taken = 0
+        for number, found in enumerate(self._texts()):
+            text = text_of(found.text)
+            tidied = tidy(text, markdown=found.markdown) if isinstance(text, str) else text
+            if isinstance(tidied, Tidied) and not tidied.text.strip():
+                tidied = Unreadable("empty")
+            if isinstance(tidied, Tidied):
+                tidied = self._earlier.same_as(tidied.text, found.name) or tidied
+            if isinstance(tidied, Unreadable):
+                self.skipped.append(Skipped(found.file, found.row, tidied.reason, tidied.detail))
                 continue
-            seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-            yield row if isinstance(row, dict) else Unreadable("line without fields")
-    _check_fields(what, fields, list(seen), advice)
+            self.left_out += tidied.left_out
+            title = " ".join(clean(found.title or tidied.title).split())
+            yield Article(number, tidied.text, title, found.file, found.row, found.fields)
+            taken += 1
+            if taken == self._limit:
+                return
+
+    def _texts(self) -> Iterator[_Found]:
+        """All texts in order, with as many documents under way as the converter likes."""
+        waiting: deque[Read] = deque()
+        with self._converter:
+            for source in self._sources:
+                for read in self._open(source):
+                    waiting.append(read)
+                    while len(waiting) > self._converter.ahead:
+                        yield from waiting.popleft()()
+            for read in waiting:
+                yield from read()
+
+    def _open(self, source: str) -> Iterator[Read]:
+        try:
+            place = _place(source)
+            there = place.exists()
+        except Exception as error:  # a name too long, a ~user who is not there, whatever a store raises
+            raise UserError(f"corpus {source!r} cannot be opened: {one_line(error)}") from error
+        if "://" in source and not there:
+            raise UserError(f"corpus {source!r}: there is no such file or folder")
+        folder = there and place.is_dir() and not _is_dataset(place)
+        if not folder and not (there and place.suffix.lower() in {*TEXT, *MIME, ARCHIVE}):
+            yield lambda: self._rows(place if there else source, place.name if there else source)
+            return
+        if not folder and not _read(place, 1):
+            raise UserError(f"corpus {source!r} is an empty file")
+        found = False
+        for each in self._find(place, place.name, ()):
+            found = found or not isinstance(each, Skipped)
+            yield partial(self._pass_over, each) if isinstance(each, Skipped) else each
+        if not found:
+            kinds = ", ".join(sorted({*TEXT, *MIME, *ROWS, ARCHIVE}))
+            raise UserError(f"corpus {source!r} holds no saved dataset and no file of a kind that is read: {kinds}")
+
+    def _pass_over(self, skipped: Skipped) -> Iterable[_Found]:
+        self.skipped.append(skipped)
+        return ()
+
+    def _find(self, place: Place, name: str, above: tuple[str, ...]) -> Iterator[Read | Skipped]:
+        """What is to be read of a file, or of a folder or archive and all in it, in the order of the names."""
+        suffix = PurePosixPath(name).suffix.lower()
+        try:
+            if place.is_dir() and not _is_dataset(place):
+                real = os.path.realpath(place) if isinstance(place, Path) else name
+                inside = sorted(place.iterdir(), key=lambda each: str(each.name))
+                for each in inside if real not in above else ():  # a link to a folder above would go on for ever
+                    if not each.name.startswith((".", "~$", "__MACOSX")):
+                        yield from self._find(each, f"{name}/{each.name}", (*above, real))
+            elif suffix == ARCHIVE:
+                yield from self._find(zipfile.Path(zipfile.ZipFile(place.open("rb"))), name, above)
+            elif suffix in ROWS or place.is_dir():
+                yield lambda: self._rows_if_any(place, name)
+            elif suffix in TEXT:
+                text = _decoded(_read(place))
+                yield lambda: [_Found(text, name, markdown=TEXT[suffix])]
+            elif suffix in MIME:
+                wait = self._converter.start(_read(place), suffix)
+                yield lambda: [_document(wait, name)]
+            else:
+                yield Skipped(name, None, "files of this kind are not read")
+        except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+            unreadable = Unreadable("cannot be read", one_line(error, 120))
+            yield lambda: [_Found(unreadable, name)]
+
+    def _rows_if_any(self, place: Place, name: str) -> Iterator[_Found]:
+        """The rows of a file in a folder, which may hold other files of rows too."""
+        try:
+            yield from self._rows(place, name)
+        except UserError as error:
+            self.skipped.append(Skipped(name, None, "no articles in it", one_line(error, 200)))
+
+    def _rows(self, place: Place | str, name: str) -> Iterator[_Found]:
+        with tempfile.TemporaryDirectory() as folder:
+            source = place
+            if not isinstance(place, (Path, str)):  # what is in an archive or a store; datasets reads files
+                source = Path(folder) / place.name
+                with place.open("rb") as packed, source.open("wb") as copy:
+                    shutil.copyfileobj(packed, copy)
+            rows = read_rows(str(source), (self._text,), "train", "corpus", "name one with --text-field", further=True)
+            for number, row in enumerate(rows):
+                yield _Found(row, name, number) if isinstance(row, Unreadable) else self._found(row, name, number)
+
+    def _found(self, row: dict[str, Any], name: str, number: int) -> _Found:
+        title, values = row.get(self._title), {key: _value(value) for key, value in row.items()}
+        fields = {
+            key: value for key, value in values.items() if value is not None and key not in (self._text, self._title)
+        }
+        return _Found(row.get(self._text), name, number, title if isinstance(title, str) else "", fields)
 
 
-def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: str) -> None:
-    for field in fields:
-        if field not in there:
-            offered = ", ".join(repr(name) for name in there[:20]) or "none"
-            raise UserError(f"{what} has no field {field!r}; its fields are: {offered}; {advice}")
+class _Earlier:
+    """The articles so far, by their texts."""
+
+    def __init__(self, alike: float) -> None:
+        self._alike = alike
+        self._names: dict[bytes, str] = {}
+        self._compared: list[tuple[str, rensa.RMinHash]] = []
+        self._index = rensa.RMinHashLSH(threshold=alike, num_perm=_PERMUTATIONS, num_bands=_BANDS)
+
+    def same_as(self, text: str, name: str) -> Unreadable | None:
+        """Why a text is left out, with the earlier one; None where it is new, and then it is kept in mind."""
+        digest = hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).digest()
+        if earlier := self._names.get(digest):
+            return Unreadable("the same as an earlier one", earlier)
+        self._names[digest] = name
+        if self._alike:
+            words = list(filter(None, (re.sub(r"[\W_]+", "", unit) for unit in units(text.lower()))))
+            runs = [" ".join(words[at : at + _RUN]) for at in range(max(1, len(words) - _RUN + 1))]
+            signature = rensa.RMinHash(num_perm=_PERMUTATIONS, seed=0)
+            signature.update(runs)
+            for number in self._index.query(signature):
+                earlier, other = self._compared[number]
+                if signature.jaccard(other) >= self._alike:
+                    return Unreadable("nearly the same as an earlier one", earlier)
+            self._index.insert(len(self._compared), signature)
+            self._compared.append((name, signature))
+        return None
 
 
-def _open_dataset(what: str, source: str, path: Path, split: str) -> "datasets.Dataset":
-    import datasets  # takes a second: not for --help, nor for what is no dataset
+def is_of_rows(source: str) -> bool:
+    """Whether a source is a file of rows, a saved dataset or on the hub, and so may have a field of questions."""
+    place = Path(source).expanduser()
+    return _is_dataset(place) or not (place.is_dir() or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is in the error below
-    suffix, known = path.suffix.lower(), {*BUILDERS, *JSON_LINES, *TEXT}
-    if path.is_file() and suffix not in BUILDERS:
-        raise UserError(f"{what}: files of this kind are not read; use {', '.join(sorted(known))} or a saved dataset")
-    if not path.exists() and (source.count("/") > 1 or source.startswith((".", "/", "~")) or suffix in known):
-        raise UserError(f"{what}: there is no such file or folder")
+
+def _named(file: str, row: int | None) -> str:
+    return file if row is None else f"{file}, row {row}"
+
+
+def _is_dataset(place: Place) -> bool:
+    return isinstance(place, Path) and is_dataset(place)
+
+
+def _place(source: str) -> Place:
+    if "://" not in source:
+        return Path(source).expanduser()
+    import upath  # takes a while: only for an address
+
+    return upath.UPath(source)
+
+
+def _read(place: Place, most: int = LARGEST) -> bytes:
+    """The bytes of a file, of a larger one ``most`` of them. Raises ValueError where it is larger than all may be."""
+    with place.open("rb") as file:
+        data: bytes = file.read(most + 1)
+    if len(data) > LARGEST:
+        raise ValueError(f"larger than {LARGEST >> 20} MiB")
+    return data
+
+
+def _decoded(data: bytes) -> str | Unreadable:
     try:
-        if path.is_dir():
-            opened = datasets.load_from_disk(str(path))
-        elif path.is_file():
-            options = {"sep": "\t"} if suffix == ".tsv" else {}
-            opened = datasets.load_dataset(BUILDERS[suffix], data_files=str(path), **options)
-        else:
-            print(f"{what} is not a file or folder here; asking the hub", file=sys.stderr)
-            logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # its retries, one by one
-            opened = datasets.load_dataset(source)
-    except Exception as error:  # datasets raises whatever its many back ends raise
-        if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{what} is not in UTF-8; convert it first, for instance with iconv") from error
-        problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset on the hub"
-        raise UserError(f"{what} {problem}: {one_line(error.__cause__ or error)}") from error
-    if isinstance(opened, datasets.Dataset):
-        return opened
-    if split in opened or len(opened) == 1:
-        return opened[split if split in opened else next(iter(opened))]
-    raise UserError(f"{what} has no split {split!r}; its splits are: {', '.join(opened)}")
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return Unreadable("not in UTF-8")
 
 
-def texts(rows: Iterable[Any], skipped: Counter[str]) -> Iterator[Article]:
-    """The rows that are texts, cleaned, with their numbers. What is skipped is counted in ``skipped`` by reason."""
-    for number, row in enumerate(rows):
-        text = clean(row) if isinstance(row, str) else ""
-        if text.strip():
-            yield Article(number, text)
-        elif isinstance(row, Unreadable):
-            skipped[row.reason] += 1
-        elif isinstance(row, str):
-            skipped["empty"] += 1
-        else:
-            skipped["no text in the field" if row is None else "not a text"] += 1
+def _document(wait: Callable[[], tuple[str, str]], name: str) -> _Found:
+    try:
+        text, title = wait()
+    except ValueError as error:
+        return _Found(Unreadable("cannot be converted", str(error)), name)
+    return _Found(text, name, title=title, markdown=True)
+
+
+def _value(value: object) -> str | int | float | None:
+    """A value that goes with the article into its pairs; None for what is no single value, or a long text."""
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    short = isinstance(value, str) and len(value) <= _LONGEST_FIELD
+    return clean(value) if isinstance(value, str) and short else value if isinstance(value, (int, float)) else None

@@ -50,6 +50,8 @@ class Results:
         self.record = Record(self.folder)
         self.store = self.folder / "replies.sqlite"
         self.contexts = self.folder / "contexts.jsonl"
+        self.articles = self.folder / "articles.jsonl"  # what is known of each article
+        self.skipped = self.folder / "skipped.jsonl"  # what of the corpus gave no article
         self.nodes = self.folder / "nodes.jsonl"
         self.queries = self.folder / "queries.json"
         self.scorer_pairs = self.folder / "scorer_pairs"

@@ -26,6 +26,7 @@ class _Section(BaseModel):
 
 
 class Labels(_Section):
+    title: Text
     context: Text
     question: Text
     halves: tuple[Text, Text]
@@ -113,22 +114,25 @@ class Prompts(_Section):
         """A labelled part of a prompt or reply."""
         return f"{label}{'：' if self.language == 'zh' else ': '}{content}"
 
-    def cst_messages(self, context: str, *, weak: bool = False, examples: int | None = None) -> list[Message]:
-        """Asks for the query and the split of a context.
+    def cst_messages(
+        self, context: str, title: str = "", *, weak: bool = False, examples: int | None = None
+    ) -> list[Message]:
+        """Asks for the query and the split of a context; the ``title`` of its article is shown above it.
 
         For the scorer's negatives, ``weak`` takes the weak instruction, ``examples`` only the first worked examples.
         """
         turns = []
         for example in self.cst.examples[:examples]:
             turns += [self._context(example.context), self.cst_reply(example.question, example.halves)]
-        return _turns(self.cst.weak_instruction if weak else self.cst.instruction, [*turns, self._context(context)])
+        instruction = self.cst.weak_instruction if weak else self.cst.instruction
+        return _turns(instruction, [*turns, self._context(context, title)])
 
-    def question_messages(self, context: str) -> list[Message]:
+    def question_messages(self, context: str, title: str = "") -> list[Message]:
         """Asks for the query alone, about a context that is too short to be split, after the shorter examples."""
         turns = []
         for example in self.cst.examples[-2:]:
             turns += [self._context(example.context), self.line(self.labels.question, example.question)]
-        return _turns(self.cst.question_instruction, [*turns, self._context(context)])
+        return _turns(self.cst.question_instruction, [*turns, self._context(context, title)])
 
     def cst_reply(self, question: str, halves: tuple[str, str]) -> str:
         """A reply in the form that the instruction asks for."""
@@ -136,7 +140,14 @@ class Prompts(_Section):
         return "\n".join(self.line(label, content) for label, content in parts)
 
     def focus_messages(
-        self, sentences: Sequence[str], first: int, end: int, *, weak: bool = False, examples: int | None = None
+        self,
+        sentences: Sequence[str],
+        first: int,
+        end: int,
+        title: str = "",
+        *,
+        weak: bool = False,
+        examples: int | None = None,
     ) -> list[Message]:
         """Asks for the query about ``sentences[first:end]`` of a context and where to cut them; see ``cst_messages``.
 
@@ -148,15 +159,15 @@ class Prompts(_Section):
             reply = (self.labels.question, example.question), (self.labels.cut, str(example.cut))
             turns += [self._numbered(example.sentences, begin - 1, last), "\n".join(self.line(*part) for part in reply)]
         instruction = self.focus.weak_instruction if weak else self.focus.instruction
-        return _turns(instruction, [*turns, self._numbered(sentences, first, end)])
+        return _turns(instruction, [*turns, self._numbered(sentences, first, end, title)])
 
-    def _numbered(self, sentences: Sequence[str], first: int, end: int) -> str:
+    def _numbered(self, sentences: Sequence[str], first: int, end: int, title: str = "") -> str:
         listed = "\n".join(f"[{number}] {sentence.strip()}" for number, sentence in enumerate(sentences, 1))
         focus = f"[{first + 1}]" if end - first == 1 else f"[{first + 1}]–[{end}]"
-        return f"{self._context(listed)}\n\n{self.line(self.labels.focus, focus)}"
+        return f"{self._context(listed, title)}\n\n{self.line(self.labels.focus, focus)}"
 
     def answer_messages(
-        self, examples: Sequence[Example], context: str, question: str, focus: str = ""
+        self, examples: Sequence[Example], context: str, question: str, focus: str = "", title: str = ""
     ) -> list[Message]:
         """Asks for an answer: the instruction, the examples, then the context and the question.
 
@@ -165,7 +176,7 @@ class Prompts(_Section):
         turns = []
         for example in examples:
             turns += [self._ask(example.context, example.question), example.answer]
-        return _turns(self.answer.instruction, [*turns, self._ask(context, question, focus)])
+        return _turns(self.answer.instruction, [*turns, self._ask(context, question, focus, title)])
 
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
@@ -226,15 +237,17 @@ class Prompts(_Section):
         """A digest of what answers are asked, checked and graded with."""
         return _digest(self.labels, self.answer, self.grade, *all_checks())
 
-    def _context(self, context: str) -> str:
-        return f"{self.line(self.labels.context, '').rstrip()}\n{disarm(context)}"
+    def _context(self, context: str, title: str = "") -> str:
+        """A text, below its title unless it holds that itself."""
+        above = f"{self.line(self.labels.title, disarm(title))}\n\n" if title and title not in context else ""
+        return f"{above}{self.line(self.labels.context, '').rstrip()}\n{disarm(context)}"
 
     def _lines(self, *parts: tuple[str, str]) -> str:
         return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
 
-    def _ask(self, context: str, question: str, focus: str = "") -> str:
+    def _ask(self, context: str, question: str, focus: str = "", title: str = "") -> str:
         part = [(self.labels.focus, focus)] if focus.strip() not in ("", context.strip()) else []
-        return f"{self._context(context)}\n\n{self._lines(*part, (self.labels.question, question))}"
+        return f"{self._context(context, title)}\n\n{self._lines(*part, (self.labels.question, question))}"
 
 
 def _turns(instruction: str, turns: list[str]) -> list[Message]:
