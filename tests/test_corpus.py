@@ -371,7 +371,7 @@ def test_what_cannot_be_a_corpus_is_told(name):
     assert repr(name) in refusal(name)
 
 
-@pytest.mark.parametrize("content", [None, "state.json", "dataset_dict.json", "notes.pdf"])
+@pytest.mark.parametrize("content", [None, "state.json", "dataset_dict.json", "notes.xyz"])
 def test_a_folder_without_a_corpus_is_refused(tmp_path, content):
     if content:
         (tmp_path / content).write_text("{}")

@@ -1,9 +1,12 @@
 """Documents, archives and addresses in, articles out; what is left out of them, and what is skipped."""
 
+import http.server
 import json
 import os
+import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -261,6 +264,19 @@ def test_an_object_store_is_read_through_its_address():
         ("pumps/sub/note.md", "# Pumps\n\nThe valve closes at 3 bar.", {}),
     ]
     assert [article.text for article in read("memory://pumps/rows.csv")[1]] == ["Seals burn when they run dry."]
+
+
+def test_a_document_on_the_web_is_read_and_a_page_is_no_folder(tmp_path: Path):
+    make_html(tmp_path / "pump.html")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        (article,) = read(f"{address}/pump.html")[1]
+        assert article.file == "pump.html" and PROSE[0] in article.text
+        with pytest.raises(UserError, match="files of this kind"):
+            read(f"{address}/")
+        server.shutdown()
 
 
 @pytest.mark.parametrize("source", ["nosuch://bucket/x", "memory://not-there", "s3://bucket/key"])

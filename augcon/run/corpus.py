@@ -27,8 +27,9 @@ from augcon.text.units import clean, units
 TEXT = {".txt": False, ".md": True, ".markdown": True}  # and whether it is Markdown
 ROWS = {*JSON_LINES, *BUILDERS}
 ARCHIVE = ".zip"
+KINDS = sorted({*TEXT, *MIME, *ROWS, ARCHIVE})
 LARGEST = 256 << 20  # bytes of a file that is one article
-_LONGEST_FIELD = 1000  # characters of a value that goes with the article
+_LONGEST_FIELD, _LONGEST_TITLE = 1000, 200  # characters of what goes with the article
 _RUN = 5  # units; articles are compared by the runs of so many that they share
 _PERMUTATIONS, _BANDS = 128, 32
 
@@ -101,7 +102,7 @@ class Corpus:
                 self.skipped.append(Skipped(found.file, found.row, tidied.reason, tidied.detail))
                 continue
             self.left_out += tidied.left_out
-            title = " ".join(clean(found.title or tidied.title).split())
+            title = " ".join(clean(found.title or tidied.title).split())[:_LONGEST_TITLE]
             yield Article(number, tidied.text, title, found.file, found.row, found.fields)
             taken += 1
             if taken == self._limit:
@@ -127,18 +128,21 @@ class Corpus:
             raise UserError(f"corpus {source!r} cannot be opened: {one_line(error)}") from error
         if "://" in source and not there:
             raise UserError(f"corpus {source!r}: there is no such file or folder")
-        folder = there and place.is_dir() and not _is_dataset(place)
-        if not folder and not (there and place.suffix.lower() in {*TEXT, *MIME, ARCHIVE}):
+        folder = there and _is_folder(place)
+        suffix = place.suffix.lower()
+        if "://" in source and not folder and suffix not in KINDS:
+            raise UserError(f"corpus {source!r}: files of this kind are not read; use {', '.join(KINDS)}")
+        if not folder and not (there and suffix in {*TEXT, *MIME, ARCHIVE}):
             yield lambda: self._rows(place if there else source, place.name if there else source)
             return
         if not folder and not _read(place, 1):
             raise UserError(f"corpus {source!r} is an empty file")
         found = False
-        for each in self._find(place, place.name, ()):
+        for each in self._find(place, place.name or place.resolve().name, ()):
             found = found or not isinstance(each, Skipped)
             yield partial(self._pass_over, each) if isinstance(each, Skipped) else each
         if not found:
-            kinds = ", ".join(sorted({*TEXT, *MIME, *ROWS, ARCHIVE}))
+            kinds = ", ".join(KINDS)
             raise UserError(f"corpus {source!r} holds no saved dataset and no file of a kind that is read: {kinds}")
 
     def _pass_over(self, skipped: Skipped) -> Iterable[_Found]:
@@ -149,7 +153,7 @@ class Corpus:
         """What is to be read of a file, or of a folder or archive and all in it, in the order of the names."""
         suffix = PurePosixPath(name).suffix.lower()
         try:
-            if place.is_dir() and not _is_dataset(place):
+            if _is_folder(place):
                 real = os.path.realpath(place) if isinstance(place, Path) else name
                 inside = sorted(place.iterdir(), key=lambda each: str(each.name))
                 for each in inside if real not in above else ():  # a link to a folder above would go on for ever
@@ -157,7 +161,7 @@ class Corpus:
                         yield from self._find(each, f"{name}/{each.name}", (*above, real))
             elif suffix == ARCHIVE:
                 yield from self._find(zipfile.Path(zipfile.ZipFile(place.open("rb"))), name, above)
-            elif suffix in ROWS or place.is_dir():
+            elif suffix in ROWS or _is_dataset(place):
                 yield lambda: self._rows_if_any(place, name)
             elif suffix in TEXT:
                 text = _decoded(_read(place))
@@ -229,11 +233,16 @@ class _Earlier:
 def is_of_rows(source: str) -> bool:
     """Whether a source is a file of rows, a saved dataset or on the hub, and so may have a field of questions."""
     place = Path(source).expanduser()
-    return _is_dataset(place) or not (place.is_dir() or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
+    return not (_is_folder(place) or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
 
 
 def _named(file: str, row: int | None) -> str:
     return file if row is None else f"{file}, row {row}"
+
+
+def _is_folder(place: Place) -> bool:
+    """Whether a place holds others; a page on the web does not, even if it links to some."""
+    return not str(place).startswith("http") and place.is_dir() and not _is_dataset(place)
 
 
 def _is_dataset(place: Place) -> bool:
