@@ -22,13 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 from augcon.data import Pair
 from augcon.errors import UserError, stage
-from augcon.files import digest, new_folder, read_lines, write_json
+from augcon.files import digest, new_folder, write_json
 from augcon.hub import model_folder
 from augcon.machine.gpus import visible_gpus
+from augcon.run.pairs import PairRules, read_divided
 from augcon.run.record import Record
-from augcon.run.results import STEP_3, Results
-from augcon.run.review import Reviewed, apply_review, read_review
-from augcon.run.rows import read_all
+from augcon.run.results import Results
 from augcon.train.ranks import on_main, print_main, report_once
 from config import Settings, load_settings, pick
 
@@ -36,16 +35,6 @@ if TYPE_CHECKING:
     from augcon.train.adapters import TrainedWith
 
 STAGE = "finetune"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Origin:
-    """What is read of a line of sft_origins.jsonl: the text that a question is about."""
-
-    question: str
-    id: str | None = None
-    article: int | None = None
-    root: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +75,12 @@ def main() -> None:
 def prepare(settings: Settings, output: Results) -> Inputs | None:
     """Reads and encodes the pairs; None where all is done. Raises UserError where something is missing or unfit."""
     from augcon.train import base as training
-    from augcon.train.loop import hold_out
     from augcon.train.sft import ENCODED
 
-    results = Results(settings.results)
-    reviewed, origins = read_reviewed(settings, results)
-    pairs = reviewed.pairs
+    divided = read_divided(Results(settings.results), pick(PairRules, settings))
+    pairs, held_out = divided.pairs, divided.at(divided.held_out)
     base = model_folder(settings.model)
     trained_with = how_loaded(settings, base)
-    # Questions about one text have much in common; of fewer than 20 texts, one would be too large a part of the data.
-    units = {
-        **texts_of([origins[place] for place in reviewed.places]),
-        "single pairs, as their texts are few or not known": range(len(pairs)),
-    }
-    learnt, held_out, words = hold_out(pairs, units, settings.held_out, settings.seed, many=20)
     made_with = {
         **settings.inputs(STAGE),
         "seed": settings.seed,
@@ -109,12 +90,14 @@ def prepare(settings: Settings, output: Results) -> Inputs | None:
         "content of the held-out pairs": pairs_digest(held_out),
     }
     form = "in NF4" if trained_with.quantize == "nf4" else f"in {trained_with.dtype}"
-    print(f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({words}); {settings.model} {form}")
+    print(
+        f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({divided.words}); {settings.model} {form}"
+    )
     if is_done(settings, output, made_with):
         return None
     files = output.checkpoints / ENCODED / "learnt.arrow", output.checkpoints / ENCODED / "held_out.arrow"
-    encode(settings, base, dict(zip(files, (learnt, held_out), strict=True)))
-    return Inputs(len(pairs), words, files, base, trained_with, made_with)
+    encode(settings, base, dict(zip(files, (divided.at(divided.learnt), held_out), strict=True)))
+    return Inputs(len(pairs), divided.words, files, base, trained_with, made_with)
 
 
 def how_loaded(settings: Settings, base: Path) -> "TrainedWith":
@@ -138,44 +121,6 @@ def how_loaded(settings: Settings, base: Path) -> "TrainedWith":
 def pairs_digest(pairs: Sequence[Pair]) -> str:
     """The digest of pairs, one by one: the JSON of their list would be larger than they."""
     return digest(*([pair.question, pair.answer] for pair in pairs))
-
-
-def read_data(settings: Settings, results: Results) -> list[Pair]:
-    """The pairs of --data or of the results folder. Raises UserError when they are not there or not complete."""
-    source = Path(settings.data).expanduser() if settings.data else results.sft_data
-    if not source.exists():
-        raise UserError(f"there is no {source}; run bash augcon.sh first, or name the pairs with --data")
-    unfinished = "step 3" in results.record.stages() and results.record.finished("step 3") is None
-    if unfinished and source.resolve() == results.sft_data.resolve():
-        raise UserError(f"step 3 in {results.folder} has not finished, so {source} is not up to date; run it first")
-    return read_all(str(source), Pair, "--data")
-
-
-def read_reviewed(settings: Settings, results: Results) -> tuple[Reviewed, list[Origin]]:
-    """The pairs as --review leaves them, and the origins of all pairs. Raises UserError when none is left."""
-    pairs = read_data(settings, results)
-    marks = read_review(settings.review) if settings.review else []
-    origins = origins_of(pairs, results)
-    reviewed = apply_review(pairs, [origin.id for origin in origins], marks)
-    if settings.review:
-        print(f"review:  {reviewed}")
-    if not reviewed.pairs:
-        raise UserError(f"--review {settings.review!r} leaves no pair to train on")
-    return reviewed, origins
-
-
-def origins_of(pairs: list[Pair], results: Results) -> list[Origin]:
-    """Where every pair came from, as far as sft_origins.jsonl of the results folder knows its question."""
-    rows = list(read_lines(results.sft_origins, Origin, STEP_3)) if results.sft_origins.exists() else []
-    if [row.question for row in rows] == [pair.question for pair in pairs]:
-        return rows  # of two pairs with the same question, each has its own
-    origins = {row.question: row for row in rows}
-    return [origins.get(pair.question, Origin(pair.question)) for pair in pairs]
-
-
-def texts_of(origins: Sequence[Origin]) -> dict[str, Sequence[int | None]]:
-    """The article and root context of every pair."""
-    return {"articles": [row.article for row in origins], "root contexts": [row.root for row in origins]}
 
 
 def is_done(settings: Settings, output: Results, made_with: dict[str, Any]) -> bool:

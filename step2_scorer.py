@@ -20,6 +20,7 @@ from augcon.files import digest, file_digest, json_line, new_file, read_json, wr
 from augcon.machine.gpus import visible_gpus
 from augcon.method.diversity import Candidates, last_tree_added, rank_and_filter
 from augcon.method.pairs import NEGATIVES
+from augcon.run.pairs import hold_out
 from augcon.run.record import Inputs
 from augcon.run.report import format_counts
 from augcon.run.results import STEP_1, STEP_2, Results
@@ -125,7 +126,7 @@ def train_and_score(
             "articles": [article_of.get(pair.root, -1) for pair in pairs],
             "root contexts, as all are of one article": [pair.root for pair in pairs],
         }
-        learnt, held_out, words = loop.hold_out(pairs, units, HELD_OUT, settings.seed)
+        learnt, held_out, words = hold_out(pairs, units, HELD_OUT, settings.seed)
         print_main(f"scorer:  learns from {len(learnt):,} pairs; held out {len(held_out):,}: {words}")
         model = scorer.load_scorer(base, encoder, settings.seed)
         before = scorer.accuracy(model, encoder, held_out)

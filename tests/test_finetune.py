@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon.data import Pair
 from augcon.errors import UserError
+from augcon.run.pairs import hold_out
 from augcon.run.rows import read_all
 from augcon.train import base as training
 from augcon.train import loop
@@ -292,7 +293,7 @@ def held_out_of(number: int, units: dict[str, list[int | None]], share: float = 
     """The places of the pairs held out, and how they were chosen."""
     pairs = [Pair(str(place), "") for place in range(number)]
     units = {**units, "single pairs": range(number)}
-    learnt, held, words = loop.hold_out(pairs, units, share, seed, many=20)
+    learnt, held, words = hold_out(pairs, units, share, seed, many=20)
     assert sorted(learnt + held, key=lambda pair: int(pair.question)) == pairs
     return [int(pair.question) for pair in held], words
 

@@ -21,8 +21,9 @@ from augcon.data import Query, ScorerPair
 from augcon.demo.tiny_model import make_tiny_model
 from augcon.errors import UserError
 from augcon.method.pairs import NEGATIVES
+from augcon.run.pairs import hold_out
 from augcon.train import base as training
-from augcon.train import loop, scorer
+from augcon.train import scorer
 from augcon.train.scores import KeptScores, batches, key
 
 CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
@@ -192,7 +193,7 @@ def some_pairs(roots: list[int]) -> list[ScorerPair]:
 def held_out(pairs: list[ScorerPair], article_of: dict[int, int], seed: int) -> tuple:
     """As step 2 holds out."""
     units = {"articles": [article_of.get(p.root, -1) for p in pairs], "roots, one article": [p.root for p in pairs]}
-    return loop.hold_out(pairs, units, 0.1, seed)
+    return hold_out(pairs, units, 0.1, seed)
 
 
 @given(

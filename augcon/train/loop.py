@@ -1,13 +1,10 @@
-"""The loop that both trainings share: rules, held-out items, arguments, progress, checkpoints, figures."""
+"""The loop that both trainings share: rules, arguments, progress, checkpoints, figures."""
 
 import dataclasses
-import random
 import resource
 import shutil
-from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +15,6 @@ from augcon.progress import bar
 from augcon.train.base import can_bf16
 from augcon.train.ranks import barrier, is_main, world_size
 
-Item = TypeVar("Item")
 DEEPSPEED = Path(__file__).parent.parent.parent / "deepspeed.json"
 _WHOLE = "whole"  # a file in a checkpoint that all processes have written their part of
 
@@ -31,31 +27,6 @@ class TrainingRules:
     batch: int = 4  # pairs per process and step
     learning_rate: float = 5e-5
     seed: int = 42
-
-
-def hold_out(
-    items: Sequence[Item], units: Mapping[str, Sequence[int | None]], share: float, seed: int, many: int = 2
-) -> tuple[list[Item], list[Item], str]:
-    """The items to learn from, about ``share`` of them held out in whole groups, and in words which groups those are.
-
-    ``units`` has the group of every item for each way to group them, the best first; the first with ``many`` groups
-    is used, or else the last. No more than the larger of ``share`` and 1/``many`` is held out, but at least a group.
-    """
-    for unit, groups in units.items():
-        sizes = Counter(groups)
-        if not share or None in sizes or len(sizes) < (2 if unit == list(units)[-1] else many):
-            continue
-        held: Counter[int | None] = Counter()
-        most = max(1, share * len(items), len(items) / many)
-        for group in random.Random(seed).sample(sorted(sizes), len(sizes)):  # type: ignore[type-var]
-            if held.total() < share * len(items) and held.total() + sizes[group] <= most:
-                held[group] = sizes[group]
-        held = held or Counter([min(sizes, key=lambda group: (sizes[group], group))])
-        parts: tuple[list[Item], list[Item]] = [], []
-        for item, group in zip(items, groups, strict=True):
-            parts[group in held].append(item)
-        return *parts, f"{len(held):,} of {len(sizes):,} {unit}"
-    return list(items), [], "none"
 
 
 def training_arguments(output: Path, rules: TrainingRules, steps: int) -> dict[str, Any]:
