@@ -40,6 +40,7 @@ _trees = partial(_setting, "step 1", "step 1")
 _scoring, _scorer, _filter = (partial(_setting, "step 2", stage) for stage in ("", "scorer", "step 2"))
 _examples, _answers = partial(_setting, "step 3", ""), partial(_setting, "step 3", "step 3")
 _files, _tuning = partial(_setting, "fine-tuning", ""), partial(_setting, "fine-tuning", "finetune")
+_export = partial(_setting, "export", "")
 _merging = partial(_setting, "merging", "")
 _inference = partial(_setting, "inference and judging", "")
 
@@ -184,7 +185,9 @@ class Settings(BaseSettings):
     review: str = _files(
         "", "review.jsonl, saved from report.html: its bad pairs are left out, its edits taken; empty: none"
     )
-    output: str = _files("", "folder for the results of finetune.py (else --results) or merge.py (else sft_model)")
+    output: str = _files(
+        "", "folder for what finetune.py (else --results), merge.py (else sft_model) or export.py (else export) makes"
+    )
     epochs: int = _tuning(4, "epochs over the pairs (paper 4.1)", ge=1, le=1000)
     batch: int = _tuning(4, "pairs per GPU and step on average, as they are packed by length (paper 4.1)", ge=1)
     learning_rate: float = _tuning(5e-5, "peak learning rate (paper 4.1)", gt=0, le=1)
@@ -199,6 +202,20 @@ class Settings(BaseSettings):
         "auto", "the base in training; auto: nf4 where it does not fit on the GPU in bf16, by estimate"
     )
     gpu_memory: float = _files(0, "GiB of a GPU that fine-tuning may plan for; 0: all that it has", ge=0)
+
+    format: Literal["messages", "alpaca", "sharegpt", "pairs"] = _export(
+        "messages", "form of the exported rows: chat messages, which most trainers read; pairs: with all that is known"
+    )
+    file_type: Literal["jsonl", "parquet"] = _export("jsonl", "kind of the exported files")
+    with_context: bool = _export(False, "ask each question under its passage: to learn to read rather than to know")
+    system: str = _export("", "system prompt of the exported pairs; empty: none")
+    mix: str = _export(
+        "", "chat data to mix in: a file or dataset of messages, conversations, Alpaca rows or pairs; empty: none"
+    )
+    mix_share: float = _export(0.2, "share of the exported training rows that is mixed in", ge=0, lt=1)
+    push_to_hub: str = _export(
+        "", "upload the export as a private dataset, such as owner/name; empty: no", pattern=r"^([\w.-]+/[\w.-]+)?$"
+    )
 
     lora: str = _merging("", "adapter to merge, a folder or hub name; empty: LoRA in the results folder")
     base: str = _merging("", "base model of the adapter, a hub name or folder; empty: the one that it names")

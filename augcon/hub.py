@@ -1,4 +1,4 @@
-"""Models by name: a folder here, or a repository on the hub, from where its files are downloaded."""
+"""The hub: models by name, downloaded where they are not a folder here; datasets that are uploaded."""
 
 import contextlib
 import shutil
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, errors, snapshot_download
+from huggingface_hub import HfApi, constants, errors, get_token, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 
 from augcon.errors import UserError, one_line
@@ -15,6 +15,8 @@ from augcon.errors import UserError, one_line
 # What a model needs besides its weights: configuration, tokenizer, templates.
 COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*")
 _ELSEWHERE = ["consolidated*", "*/*"]  # a second copy of the weights, in the form of another library
+_EXPORTED = ["train.*", "held_out.*"]  # of an earlier export, which may have had other files
+_LOGIN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,24 @@ def model_folder(name: str) -> Path:
     return find_model(name).download()
 
 
+def check_login() -> None:
+    """Raises UserError where there is no token for the hub."""
+    if not get_token():
+        raise UserError(f"there is no token for the hub; {_LOGIN}")
+
+
+def upload_dataset(folder: Path, name: str) -> str:
+    """Uploads a folder as a dataset, private if it is new; its address. Raises UserError where the hub refuses."""
+    api = HfApi()
+    try:
+        with disable_progress_bars():
+            made = api.create_repo(name, repo_type="dataset", private=True, exist_ok=True)
+            api.upload_folder(repo_id=name, repo_type="dataset", folder_path=folder, delete_patterns=_EXPORTED)
+    except (OSError, ValueError, errors.HTTPError) as error:
+        raise UserError(f"the hub does not take dataset {name!r}: {one_line(error)}") from error
+    return str(made)
+
+
 def _fetch(name: str, patterns: list[str] | None = None, dry_run: bool = False) -> Any:
     """Downloads a model's files into the cache: its folder there, or of a dry run each file."""
     wanted = patterns or ["*.safetensors", *COMPANIONS]
@@ -75,14 +95,13 @@ def _fetch(name: str, patterns: list[str] | None = None, dry_run: bool = False) 
 @contextlib.contextmanager
 def _in_one_line(name: str) -> Iterator[None]:
     """Turns what the hub raises into a UserError."""
-    login = "log in with `hf auth login` or set HF_TOKEN"
     try:
         yield
     except errors.GatedRepoError as error:
-        raise UserError(f"model {name!r} is gated: accept its terms on its page of the hub, then {login}") from error
+        raise UserError(f"model {name!r} is gated: accept its terms on its page of the hub, then {_LOGIN}") from error
     except errors.RepositoryNotFoundError as error:
         raise UserError(
-            f"model {name!r} is neither a folder nor on the hub; check the name, or, if it is private, {login}"
+            f"model {name!r} is neither a folder nor on the hub; check the name, or, if it is private, {_LOGIN}"
         ) from error
     except (OSError, ValueError, errors.HTTPError) as error:
         raise UserError(

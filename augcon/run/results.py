@@ -49,6 +49,7 @@ class Results:
         self.folder = Path(folder)
         self.record = Record(self.folder)
         self.store = self.folder / "replies.sqlite"
+        self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.contexts = self.folder / "contexts.jsonl"
         self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.skipped = self.folder / "skipped.jsonl"  # what of the corpus gave no article
@@ -77,6 +78,7 @@ class Results:
         self.judge_plot = self.folder / "judge.png"
         self.server_log = self.folder / "server.log"
         self.figures = self.folder / "figures.json"  # of each step, as it printed them
+        self.export = self.folder / "export"  # the pairs in the form that trainers read
         self.report = self.folder / "report.html"
         self.review = self.folder / "review.jsonl"  # the marks that a person set in the report
 

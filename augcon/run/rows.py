@@ -69,8 +69,9 @@ def read_rows(
 ) -> Iterator[Row]:
     """The rows of a file, of a saved dataset (of ``split``, where there are several), or of a dataset on the hub.
 
-    They have at least the ``fields``, and with ``further`` other fields too that hold one value. Raises UserError,
-    about ``what``, when the source cannot be read, or, with ``advice``, when no row has one of the fields.
+    They have at least the ``fields``, and with ``further`` other fields too that hold one value; without ``fields``,
+    all that they hold. Raises UserError, about ``what``, when the source cannot be read, or, with ``advice``, when no
+    row has one of the fields.
     """
     what = f"{what} {source!r}"
     try:
@@ -86,7 +87,8 @@ def read_rows(
         return _read_json_lines(what, fields, advice, path)
     dataset = _open_dataset(what, source, path, split)
     _check_fields(what, fields, dataset.column_names, advice)
-    return iter(dataset.select_columns([*fields, *(_values(dataset, fields) if further else ())]))
+    wanted = [*fields, *(_values(dataset, fields) if further else ())]
+    return iter(dataset.select_columns(wanted) if wanted else dataset)
 
 
 def is_dataset(folder: Path) -> bool:

@@ -178,6 +178,10 @@ class Prompts(_Section):
             turns += [self._ask(example.context, example.question), example.answer]
         return _turns(self.answer.instruction, [*turns, self._ask(context, question, focus, title)])
 
+    def reading(self, context: str, question: str) -> str:
+        """A question under the passage that it is about, as the user's turn for a model that learns to read."""
+        return self._ask(context, question)
+
     def grade_messages(self, context: str, question: str, reference: str, answer: str) -> list[Message]:
         """Asks for a grade of an answer against the reference answer."""
         answers = self._lines((self.labels.reference, reference), (self.labels.answer, answer))
