@@ -19,6 +19,7 @@ from typing import Any
 from augcon.errors import UserError, stage
 from augcon.files import new_folder, read_lines, write_json, write_lines
 from augcon.run.card import describe_run, public_name, write_card
+from augcon.run.cut import ArticleRow
 from augcon.run.formats import Conversation, factory_entry, read_mix, rows_of
 from augcon.run.pairs import Divided, Origin, PairRules, read_divided
 from augcon.run.report import format_skipped
@@ -29,16 +30,6 @@ from config import Settings, load_settings, pick
 TRAIN, HELD_OUT = "train", "held_out"
 SPLITS = {TRAIN: "train", HELD_OUT: "validation"}  # as trainers call them
 CARD, FACTORY = "README.md", "dataset_info.json"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class About:
-    """A line of articles.jsonl: the file and title of an article, if any, and the further fields of its row."""
-
-    article: int
-    file: str = ""
-    title: str = ""
-    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +118,7 @@ def passages_of(results: Results, origins: Sequence[Origin]) -> list[str | None]
 
 def origin_columns(results: Results, origins: Sequence[Origin]) -> dict[str, list[Any]]:
     """Where the pairs came from, column by column, with what the corpus tells of their articles."""
-    known = read_lines(results.articles, About, STEP_1) if results.articles.exists() else ()
+    known = read_lines(results.articles, ArticleRow, STEP_1) if results.articles.exists() else ()
     by_number = {about.article: about for about in known}
     articles = [by_number.get(-1 if origin.article is None else origin.article) for origin in origins]
     names = ("id", "article", "root", "score", "language")

@@ -63,7 +63,8 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
         "answers dropped": format_counts(dropped),
     }
     cut = stages["corpus as cut"].made_with if "corpus as cut" in stages else {}
-    return {"corpus": public_name(cut.get("corpus", "")), "table": {name: of for name, of in table.items() if of}}
+    corpus = ", ".join(map(public_name, cut.get("corpus", "").split(",")))
+    return {"corpus": corpus, "table": {name: of for name, of in table.items() if of}}
 
 
 def public_name(name: str) -> str:

@@ -51,7 +51,6 @@ class Results:
         self.store = self.folder / "replies.sqlite"
         self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.contexts = self.folder / "contexts.jsonl"
-        self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.skipped = self.folder / "skipped.jsonl"  # what of the corpus gave no article
         self.nodes = self.folder / "nodes.jsonl"
         self.queries = self.folder / "queries.json"
