@@ -10,7 +10,7 @@ or --output: train.jsonl and held_out.jsonl (or .parquet), dataset_info.json for
 """
 
 import dataclasses
-import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -135,14 +135,13 @@ def origin_columns(results: Results, origins: Sequence[Origin]) -> dict[str, lis
 
 
 def same_type(values: list[Any]) -> list[Any]:
-    """The values of a column: as they are where all are texts, or numbers of one kind, otherwise as JSON."""
+    """The values of a column: as they are where all are numbers or all are texts, otherwise as texts."""
+    values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]  # no JSON
     kinds = {type(value) for value in values if value is not None}
     large = any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values)
-    if len(kinds) < 2 and kinds <= {str, int, float, bool} and not large:
+    if not large and (len(kinds) < 2 or kinds == {int, float}):
         return values
-    return [
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values
-    ]
+    return [None if value is None else str(value) for value in values]
 
 
 def mix_in(settings: Settings, learnt: int) -> list[Conversation]:

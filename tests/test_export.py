@@ -140,7 +140,10 @@ def test_every_format_gives_back_every_pair(form: str, kind: str, results: Path)
 
 
 def test_pairs_tell_where_each_is_from_and_what_the_corpus_tells(results: Path):
-    fields = [{"id": f"A-{n}", "year": n if n % 2 else "x", "tags": ["a"], "big": 2**70} for n in range(25)]
+    fields = [
+        {"id": f"A-{n}", "year": n if n % 2 else "x", "size": float("nan") if n == 1 else n / 2, "big": 2**70}
+        for n in range(25)
+    ]
     fields[3] |= {"note": "alone", "corpus_id": 5}
     about = [
         {"article": n, "file": f"m/{n}.pdf", "title": f"T{n}", "fields": of, "more": 1} for n, of in enumerate(fields)
@@ -155,8 +158,8 @@ def test_pairs_tell_where_each_is_from_and_what_the_corpus_tells(results: Path):
         year = None if of == 7 else str(of) if of % 2 else "x"
         assert row["corpus_id"] == (None if of == 7 else f"A-{of}") and row["year"] == year
         assert row["note"] == ("alone" if of == 3 else None) and row["language"] == "en"
-        assert row["corpus_corpus_id" if "corpus_corpus_id" in row else "corpus_id"] is not None or of != 3
-        assert of == 7 or (row["tags"] == '["a"]' and row["big"] == str(2**70))
+        assert row["corpus_corpus_id"] == (5 if of == 3 else None)
+        assert row["size"] == (None if of in (1, 7) else of / 2) and row["big"] == (None if of == 7 else str(2**70))
         assert isinstance(row["score"], float)
 
 
@@ -247,6 +250,15 @@ def test_hostile_text_comes_back_as_it_was(form: str, tmp_path: Path):
             json.dumps(text, ensure_ascii=False) in texts for pair in pairs_of(results) for text in pair.values()
         )
         assert len(rows) == 6 and not held_out and not list((results / "export").glob("held_out*"))
+
+
+def test_another_export_under_the_same_name_is_not_taken_for_the_first(results: Path):
+    export(results)
+    rows = [{**pair, "answer": f"{pair['answer'][:-1]}!"} for pair in pairs_of(results)]
+    (results / "sft_data").unlink()
+    datasets.Dataset.from_list(rows).save_to_disk(results / "sft_data")
+    _, learnt, held_out = export(results)
+    assert all(row["messages"][-1]["content"].endswith("!") for row in learnt + held_out)
 
 
 @pytest.mark.parametrize("flags", [[], ["--format", "pairs", "--file-type", "parquet"]], ids=["messages", "parquet"])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from augcon.files import new_file, read_json
+from augcon.files import digest, file_digest, new_file, read_json
 from augcon.run.record import CHAIN
 from augcon.run.report import format_counts
 from augcon.run.results import Results
@@ -18,7 +18,7 @@ _LARGEST = "1M<n<10M"
 def write_card(
     path: Path, files: Sequence[tuple[str, str, int]], types: Any, languages: Sequence[str], facts: Mapping[str, Any]
 ) -> None:
-    """Writes the card; ``files``: split, name and rows of each, ``types``: of their columns, as datasets.Features."""
+    """Writes the card beside the files: of each its split, name and rows; ``types``: datasets.Features of all."""
     from datasets.info import DatasetInfo, DatasetInfosDict
     from huggingface_hub import DatasetCard, DatasetCardData
 
@@ -30,8 +30,14 @@ def write_card(
         task_categories=["text-generation", "question-answering"],
         tags=["augcon", "synthetic", "sft"],
         pretty_name=facts["title"],
+        # The datasets library keeps what it has read, and knows it again by this entry: without the digest, it would
+        # take another export under the same name for this one.
         configs=[
-            {"config_name": "default", "data_files": [{"split": split, "path": file} for split, file, _ in files]}
+            {
+                "config_name": "default",
+                "description": f"files {digest(*(file_digest(path.with_name(file)) for _, file, _ in files))}",
+                "data_files": [{"split": split, "path": file} for split, file, _ in files],
+            }
         ],
     )
     # Without the types, a column that is empty in one file would have another type there than in the other.
