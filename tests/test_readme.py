@@ -102,5 +102,7 @@ def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
         "--num_gpus",
         "--no-demo",
         "--speculative-config",  # of vLLM
+        "--dataset",  # of ms-swift
+        "--val_dataset",
     }
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
