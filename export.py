@@ -162,9 +162,8 @@ def write_parts(settings: Settings, folder: Path, parts: Mapping[str, Sequence[C
 
     rows = rows_of([talk for part in parts.values() for talk in part], settings.format)
     types = datasets.Dataset.from_list(rows).features
-    types = {
-        name: datasets.Value("string") if str(of) == str(datasets.Value("null")) else of for name, of in types.items()
-    }
+    empty = datasets.Value("null")
+    types = {name: datasets.Value("string") if of == empty else of for name, of in types.items()}
     written = Written({}, datasets.Features(types))
     for name, part in zip(parts, (rows[: len(parts[TRAIN])], rows[len(parts[TRAIN]) :]), strict=True):
         file = folder / f"{name}.{settings.file_type}"
@@ -186,8 +185,9 @@ def write_parts(settings: Settings, folder: Path, parts: Mapping[str, Sequence[C
 def card_facts(settings: Settings, results: Results, divided: Divided, mixed: int, folder: Path) -> dict[str, Any]:
     """What the card tells of the dataset, under the names of its template."""
     defaults = {name: field.default for name, field in Settings.model_fields.items()}
+    known = any(origin.id for origin in divided.origins)
     return {
-        **describe_run(results, defaults),
+        **(describe_run(results, defaults) if known else {"corpus": "", "table": {}}),
         "title": settings.push_to_hub.rpartition("/")[2] or "Question–answer pairs made with AugCon",
         "name": settings.push_to_hub or folder.name,
         "folder": folder.name,

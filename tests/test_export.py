@@ -276,6 +276,8 @@ def test_pairs_of_ones_own_can_be_exported_without_their_passages(finished: Path
     said, learnt, held_out = export(tmp_path / "none", "--data", mine, "--format", "pairs")
     assert len(learnt) == 38 and len(held_out) == 2 and "single pairs" in said
     assert {row["context"] for row in learnt} == {row["id"] for row in learnt} == {None}
+    card = (tmp_path / "none" / "export" / "README.md").read_text()
+    assert "brought to AugCon as `mine.jsonl`" in card and "How it was made" not in card and str(tmp_path) not in card
     refused = run("export.py", "--results", finished, "--data", mine, "--with-context", "--output", tmp_path / "o")
     assert says_one_line(refused, "--with-context", "40 of 40 pairs", "--results") and not (tmp_path / "o").exists()
     write_lines(tmp_path / "some.jsonl", pairs_of(finished)[:30])
