@@ -49,8 +49,8 @@ class Results:
         self.folder = Path(folder)
         self.record = Record(self.folder)
         self.store = self.folder / "replies.sqlite"
-        self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.contexts = self.folder / "contexts.jsonl"
+        self.articles = self.folder / "articles.jsonl"  # what is known of each article
         self.skipped = self.folder / "skipped.jsonl"  # what of the corpus gave no article
         self.nodes = self.folder / "nodes.jsonl"
         self.queries = self.folder / "queries.json"
