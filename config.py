@@ -7,6 +7,7 @@ else from this file. All scripts take all settings.
 import argparse
 import dataclasses
 import difflib
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
 from augcon.errors import UserError
@@ -94,6 +95,11 @@ class Settings(BaseSettings):
     api_model: str = _server("", "the server's name for the model; empty: its only one, or the model setting")
     completions: bool = _protocol(False, "use the completions endpoint, for a base model without a chat template")
     structured_output: bool = _protocol(False, "have the server enforce the form of replies, as vLLM can")
+    extra_body: str = _protocol(
+        "",
+        "further parameters of every request, as a JSON object, such as those by which a router chooses a provider; "
+        "one that AugCon sets itself is replaced",
+    )
     max_in_flight: int = _server(
         8192, "most requests under way at once; how many there are follows what the servers can take", ge=1, le=65536
     )
@@ -224,6 +230,19 @@ class Settings(BaseSettings):
     question_field: str = _inference("question", "the field that holds the question", min_length=1)
     outputs: str = _inference("", "folder for answers, or, for judge.py, folders to grade; empty: results/outputs")
 
+    @field_validator("extra_body")
+    @classmethod
+    def _is_an_object(cls, extra_body: str) -> str:
+        try:
+            named = json.loads(extra_body or "{}")
+        except ValueError:
+            named = None
+        if not isinstance(named, dict):
+            raise ValueError('must be a JSON object such as {"reasoning_effort": "low"}')
+        if ours := {"model", "messages", "prompt", "n", "stream"} & named.keys():
+            raise ValueError(f"cannot set {', '.join(sorted(ours))}, without which AugCon reads no reply")
+        return extra_body
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Settings":
         if self.min_length > self.max_length:
@@ -337,7 +356,8 @@ def _meant(name: str, names: set[str]) -> str:
 
 
 def _format_problem(problem: Any) -> str:
+    message = str(problem["msg"]).removeprefix("Value error, ")
     if not problem["loc"]:
-        return str(problem["msg"]).removeprefix("Value error, ")
+        return message
     name = "--" + str(problem["loc"][0]).replace("_", "-")
-    return f"{name}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+    return f"{name}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"

@@ -16,6 +16,8 @@ from typing import Any
 
 from aiohttp import web
 
+from augcon.llm.dialect import QUESTION
+
 Behaviour = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Script = Callable[[dict[str, Any], int], Behaviour]
 
@@ -100,10 +102,13 @@ async def babbles(request: web.Request) -> web.Response:
 
 
 class ScriptedServer:
-    """Plays a script; an async context manager. ``bodies`` are the requests received, in order."""
+    """Plays a script; an async context manager. ``bodies`` are the requests received, in order.
 
-    def __init__(self, script: Script, models: Behaviour | tuple[str, ...] = ("model",)) -> None:
-        self.script = script
+    It ``greets`` a client: the probes by which one finds out what the server takes are answered and not counted.
+    """
+
+    def __init__(self, script: Script, models: Behaviour | tuple[str, ...] = ("model",), greets: bool = True) -> None:
+        self.script, self.greets = script, greets
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.times: list[float] = []
@@ -141,6 +146,8 @@ class ScriptedServer:
 
     async def _play(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if self.greets and prompt_of(body) == QUESTION:
+            return await says("391")(request)
         before = self._seen[key := json.dumps(body, sort_keys=True)]
         self._seen[key] += 1
         self.bodies.append(body)

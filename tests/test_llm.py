@@ -633,7 +633,8 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
     unknown = always(refuses(404, "The model `mine` does not exist"))
 
     async def main() -> None:
-        async with ScriptedServer(unknown, models=answers("[]")) as server, LLM(Endpoint(server.url), store) as llm:
+        nameless = ScriptedServer(unknown, models=answers("[]"), greets=False)
+        async with nameless as server, LLM(Endpoint(server.url), store) as llm:
             with pytest.raises(UserError, match=r"'mine'.*--api-model"):
                 await llm.connect("mine")
 
@@ -644,7 +645,7 @@ def test_a_refused_key_is_said_on_connecting(store: Store):
     async def main() -> None:
         refusal = refuses(401)
         async with (
-            ScriptedServer(always(refusal), models=refusal) as server,
+            ScriptedServer(always(refusal), models=refusal, greets=False) as server,
             LLM(Endpoint(server.url), store) as llm,
         ):
             with pytest.raises(UserError, match="AUGCON_API_KEY"):
@@ -877,7 +878,7 @@ def test_the_sampling_of_every_request_is_ours_whatever_the_model_s_own(store: S
         listing = answers(json.dumps({"data": [{"id": "model", "object": "model", "owned_by": "vllm"}]}))
         for models, sampling in ((("model",), {"top_p": 1}), (answers("[]"), {"top_p": 1}), (listing, of_vllm)):
             async with ScriptedServer(echo, models) as server, connected(server, store) as llm:
-                await llm.ask(request("x"))
+                await llm.ask(request(server.url))
                 assert llm.sampling == sampling
                 fixed = {"model", "messages", "temperature", "max_tokens", "seed"}
                 assert {name: of for name, of in server.bodies[-1].items() if name not in fixed} == sampling

@@ -7,6 +7,8 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
 
 import openai
 import stamina
@@ -14,13 +16,16 @@ from pydantic import SecretStr
 
 from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError, one_line
-from augcon.llm import failures
+from augcon.llm import dialect, failures
+from augcon.llm.dialect import Dialect, Seen
 from augcon.llm.limit import now
 from augcon.llm.pace import Pace
 from augcon.llm.servers import Server, Servers, connections
 from augcon.llm.store import Store
+from augcon.progress import say
 from augcon.text.prompts import as_text
 
+Outcome = TypeVar("Outcome")
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
@@ -46,6 +51,7 @@ class Endpoint:
     request_timeout: float = 300.0
     server_wait: float = 600.0
     seed: int = 0
+    extra_body: str = ""
 
 
 class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
@@ -53,7 +59,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     ``counts`` has the calls, the requests that were "replayed" from the store or "shared" a call, the retries by
     kind of failure, and the tokens. ``served`` maps the models served to the folders that vLLM read them from.
-    ``sampling`` has the parameters that are the same in every request. ``pace`` has what was done by when.
+    ``sampling`` has the parameters that are the same in every request, None for those that the server refuses; its
+    ``dialect`` is what else it wants otherwise. ``pace`` has what was done by when.
     ``weights`` can be set to tell apart models that are served under the same name.
     """
 
@@ -62,7 +69,9 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         self.model = ""
         self.weights = ""
         self.served: dict[str, str] = {}
-        self.sampling: dict[str, int] = _SAMPLING
+        self.dialect = Dialect()
+        self._extra: dict[str, Any] = json.loads(endpoint.extra_body or "{}")
+        self._fixed: dict[str, Any] = {**_SAMPLING, **self._extra}
         self.counts: Counter[str] = Counter()
         self.pace = Pace()
         self._pacing: asyncio.Task[None] | None = None
@@ -83,6 +92,11 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         if self._pacing:
             self._pacing.cancel()
         await self.servers.close()
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The parameters that are the same in every request; None for those that are not sent."""
+        return self.dialect.same(self._fixed)
 
     @property
     def in_flight(self) -> int:
@@ -122,7 +136,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         there = [server for server, error in zip(servers, errors, strict=True) if not error]
         self.served = there[0].served
         self.model = api_model or (next(iter(self.served)) if len(self.served) == 1 else model)
-        self.sampling = _VLLM_SAMPLING if all(server.is_vllm for server in there) else _SAMPLING
+        sampling = _VLLM_SAMPLING if all(server.is_vllm for server in there) else _SAMPLING
+        self._fixed = {**sampling, **self._extra}
         for server in there:
             if server.served and self.model not in server.served:
                 raise failures.unknown_model(self.model, server.api_base, server.served)
@@ -131,9 +146,45 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         for server, error in zip(servers, errors, strict=True):
             if error:
                 self.servers.leave_out(server, error)
-        if not self.served:  # a request for one token shows whether address, key and name are right
-            await _Attempts(self, self._body(_PROBE)).reply()
+        await self._learn(there)
         return self.model
+
+    async def _learn(self, servers: list[Server]) -> None:
+        """Takes the servers' dialect from the store, or finds it out, and says what is unusual in it.
+
+        That shows, too, whether address, key and name are right. Raises UserError where a server refuses all.
+        """
+        self.dialect = Dialect()
+        probe = self._body(dialect.PROBE)
+        root = self.served.get(self.model)
+        key = _digest(["dialect", self.endpoint.api_base, root, probe, dialect.SWITCHES])
+        if stored := self._store.get(key):
+            self.dialect = Dialect.read(stored)
+        else:
+            waiting = list(servers)
+            while waiting:
+                server, before = waiting.pop(0), self.dialect
+                self.dialect = await self._find_out(server, probe)
+                if self.dialect != before:  # what one refuses is left out for all
+                    waiting = [other for other in servers if other is not server]
+            self._store.put(key, self.dialect.write())
+        if unusual := self.dialect.describe():
+            say(f"server:  {unusual}")
+
+    async def _find_out(self, server: Server, probe: dict[str, Any]) -> Dialect:
+        async def send(body: dict[str, Any]) -> Seen:
+            return await _Trial(self, body, probe=True, home=server).outcome()
+
+        try:
+            return await dialect.find_out(send, {**probe}, self.dialect, self._extra.keys())
+        except (Refused, openai.APIStatusError) as error:
+            if isinstance(error, openai.APIStatusError) and not failures.too_long(error):
+                final = failures.final(error, False, server.api_base, self.model, self.served)
+                if isinstance(final, UserError):
+                    raise final from error
+            raise UserError(
+                f"the server at {server.api_base} refuses even a short request: {failures.describe(error)}"
+            ) from error
 
     async def _pace(self) -> None:
         started = now()
@@ -186,8 +237,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     async def _stored_or_shared(self, request: Request) -> Reply:
         body = self._body(request)
-        asked = json.dumps([self.weights, body], sort_keys=True, ensure_ascii=False)  # all that determines a reply
-        key = hashlib.sha256(asked.encode("utf-8", "surrogatepass")).digest()
+        key = _digest([self.weights, body])  # all that determines a reply
         while shared := self._pending.get(key):  # the same text elsewhere in the corpus: one call serves both
             await asyncio.wait([shared])
             if not shared.cancelled():  # otherwise whoever asked first has gone, and the next one asks
@@ -195,7 +245,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
                 return shared.result()
         if stored := self._store.get(key):
             self.counts["replayed"] += 1
-            self._accepted.add(frozenset(body))
+            self._accepted.add(self._kind(body))
             return Reply(**json.loads(stored))
         self._pending[key] = asyncio.create_task(self._ask_and_store(request, body, key))
         try:
@@ -203,34 +253,42 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         finally:
             del self._pending[key]
 
-    async def _ask_and_store(self, request: Request, body: dict[str, object], key: bytes) -> Reply:
+    async def _ask_and_store(self, request: Request, body: dict[str, Any], key: bytes) -> Reply:
         reply = await _Attempts(self, body, request.root).reply()
         self._store.put(key, json.dumps(dataclasses.asdict(reply), ensure_ascii=False))
         if self._first_replies <= _AT_FIRST:
             self._early.append(key)
         return reply
 
-    def _body(self, request: Request) -> dict[str, object]:
+    def _kind(self, body: dict[str, Any]) -> frozenset[str]:
+        """The parameters of a request, with or without a limit of tokens."""
+        return frozenset(body) - {self.dialect.limit}
+
+    def _body(self, request: Request) -> dict[str, Any]:
         completions = self.endpoint.completions
         stop = request.end + (request.text_end if completions else ())
         pattern = self.endpoint.structured_output and request.pattern
-        return {
+        body = {
             "model": self.model,
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "seed": self.endpoint.seed * 10_000 + request.sample,
-            **self.sampling,
             **({"prompt": as_text(request.messages)} if completions else {"messages": request.messages}),
             **({"stop": list(stop)} if stop else {}),
             **({"structured_outputs": {"regex": request.pattern}} if pattern else {}),
+            **self._fixed,
         }
+        return self.dialect.apply(body)
 
-    async def _call(self, server: Server, body: dict[str, object]) -> Reply:
+    async def _post(self, server: Server, body: dict[str, Any]) -> str:
         """One HTTP call. The client's typed methods would spend more time on checking the body than on the call."""
         path = "/completions" if self.endpoint.completions else "/chat/completions"
+        return await server.client.post(path, body=body, cast_to=str)
+
+    async def _call(self, server: Server, body: dict[str, Any]) -> Reply:
         started = now()
-        answer = await server.client.post(path, body=body, cast_to=str)
-        try:
+        answer = await self._post(server, body)
+        with _protocol(answer):
             response = json.loads(answer)
             choice, usage = response["choices"][0], response.get("usage") or {}
             text = (choice["text"] if self.endpoint.completions else choice["message"].get("content")) or ""
@@ -240,16 +298,26 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
             reply = Reply(text, choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
-        self._accepted.add(frozenset(body))
+        self._accepted.add(self._kind(body))
         server.answered(now() - started, len(text), self.servers.wanted)
         return reply
 
     async def _probe(self, server: Server) -> None:
-        await server.client.post(
-            "/completions" if self.endpoint.completions else "/chat/completions", body=self._body(_PROBE), cast_to=str
-        )
+        await self._post(server, self._body(_PROBE))
+
+
+def _digest(asked: list[Any]) -> bytes:
+    text = json.dumps(asked, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+
+
+@contextlib.contextmanager
+def _protocol(answer: str) -> Iterator[None]:
+    """Raises BadReply where an answer cannot be read."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
 
 
 @dataclasses.dataclass(slots=True)
@@ -257,7 +325,7 @@ class _Attempts:
     """The attempts at one request, and what to do after each that fails."""
 
     llm: LLM
-    body: dict[str, object]
+    body: dict[str, Any]
     root: int | None = None
     probe: bool = False  # whether to send a harmless request first, to tell a bad request from a bad server
     strikes: int = 0
@@ -268,8 +336,11 @@ class _Attempts:
 
     async def reply(self) -> Reply:
         """The reply, after as many attempts as it takes. Raises Refused or UserError where none can help."""
+        return await self._until_done(self._attempt)
+
+    async def _until_done(self, attempt: Callable[[], Awaitable[Outcome]]) -> Outcome:
         retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=15)
-        return await retrying(self._decide, self._attempt)
+        return await retrying(self._decide, attempt)
 
     async def _attempt(self) -> Reply:
         async with self.llm.servers.slot(self.root, again=self.server is not None) as self.server:
@@ -285,15 +356,14 @@ class _Attempts:
             return False
         llm, server = self.llm, self.server
         assert server
-        accepted = frozenset({*self.body, "max_tokens"}) in llm._accepted
-        final = failures.final(error, accepted, server.api_base, llm.model, llm.served)
+        final = failures.final(error, llm._kind(self.body) in llm._accepted, server.api_base, llm.model, llm.served)
         if isinstance(final, UserError) and not self.probe:
             self.probe = True  # is it this request that is refused, or all?
             return 0.01
         if final:
             server.failures, server.failing_since = 0, None
             # What the prompt leaves of the window may do. Without a limit, the completions endpoint gives 16 tokens.
-            if failures.too_long(error) and not llm.endpoint.completions and self.body.pop("max_tokens", None):
+            if failures.too_long(error) and not llm.endpoint.completions and self.body.pop(llm.dialect.limit, None):
                 return 0.01
             raise final from error
         kind = failures.kind(error)
@@ -316,3 +386,27 @@ class _Attempts:
         if not server.up:
             return 0.01  # a slot will be had when there is a server again
         return failures.retry_after(error, llm.endpoint.server_wait) or True
+
+
+@dataclasses.dataclass(slots=True)
+class _Trial(_Attempts):
+    """The attempts at a probe of one server, not counted as calls. A refusal of parameters is raised as it came."""
+
+    home: Server | None = None
+
+    async def outcome(self) -> Seen:
+        """What the reply shows."""
+        return await self._until_done(self._look)
+
+    async def _look(self) -> Seen:
+        async with self.llm.servers.slot(None, self.server is not None, self.home) as self.server:
+            self.seen, self.began = self.server.successes, now()
+            answer = await self.llm._post(self.server, self.body)
+            with _protocol(answer):
+                shown = dialect.look(answer)
+            self.server.alive()
+            return shown
+
+    def _decide(self, error: Exception) -> bool | float:
+        refused = isinstance(error, openai.APIStatusError) and error.status_code in {400, 422}
+        return False if refused else _Attempts._decide(self, error)

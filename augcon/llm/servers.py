@@ -169,14 +169,14 @@ class Servers:
         return 2 * sum(server.limit.value for server in self.all if server.up) or 1
 
     @contextlib.asynccontextmanager
-    async def slot(self, root: int | None, again: bool) -> AsyncIterator[Server]:
+    async def slot(self, root: int | None, again: bool, home: Server | None = None) -> AsyncIterator[Server]:
         """A server to send one request to, in the time for it. It is waited for until one that is up has a slot free.
 
         Earlier root contexts come first, and what is tried ``again`` before all. All requests about one root context
-        go to one server, whose prefix cache may have its text, unless another server has nothing to do. Raises
-        UserError when no server has answered for too long.
+        go to one server, whose prefix cache may have its text, or to ``home``, unless another server has nothing to
+        do. Raises UserError when no server has answered for too long.
         """
-        server = await self._take(root, again)
+        server = await self._take(root, again, home)
         try:
             async with asyncio.timeout(server.limit.timeout) as timeout:
                 if not again:
@@ -186,10 +186,10 @@ class Servers:
             server.first_tries.pop(timeout, None)
             self._free(server)
 
-    async def _take(self, root: int | None, again: bool) -> Server:
+    async def _take(self, root: int | None, again: bool, home: Server | None) -> Server:
         if self._end:
             raise self._end
-        server = self._home(root)
+        server = home if home and home.up else self._home(root)
         if server.up and not server.waiting and server.under_way < server.limit.value:
             return self._enter(server)
         waits: asyncio.Future[Server] = asyncio.get_running_loop().create_future()
