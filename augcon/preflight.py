@@ -89,7 +89,7 @@ async def attempt(
             reply = await llm.ask(request)
             size = len(reply.text.encode("utf-8", "replace"))
             nonlocal longest, most
-            longest, most = max(longest, reply.prompt_tokens), max(most, request.max_tokens)
+            longest, most = max(longest, reply.prompt_tokens), max(most, request.max_tokens + llm.dialect.room)
             costs.append(Cost(1, reply.prompt_tokens, reply.cached_tokens, reply.written_tokens, size))
             return reply
 

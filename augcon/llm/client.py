@@ -237,7 +237,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     async def _stored_or_shared(self, request: Request) -> Reply:
         body = self._body(request)
-        key = _digest([self.weights, body])  # all that determines a reply
+        key = _digest([self.weights, {"seed": self._seed(request), **body}])  # all that determines a reply
         while shared := self._pending.get(key):  # the same text elsewhere in the corpus: one call serves both
             await asyncio.wait([shared])
             if not shared.cancelled():  # otherwise whoever asked first has gone, and the next one asks
@@ -260,6 +260,10 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             self._early.append(key)
         return reply
 
+    def _seed(self, request: Request) -> int:
+        """The seed of a request: different for each sample, also where the server is not told."""
+        return self.endpoint.seed * 10_000 + request.sample
+
     def _kind(self, body: dict[str, Any]) -> frozenset[str]:
         """The parameters of a request, with or without a limit of tokens."""
         return frozenset(body) - {self.dialect.limit}
@@ -272,7 +276,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             "model": self.model,
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
-            "seed": self.endpoint.seed * 10_000 + request.sample,
+            "seed": self._seed(request),
             **({"prompt": as_text(request.messages)} if completions else {"messages": request.messages}),
             **({"stop": list(stop)} if stop else {}),
             **({"structured_outputs": {"regex": request.pattern}} if pattern else {}),

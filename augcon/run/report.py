@@ -191,8 +191,9 @@ class CallFigures:
         """Prints them on one line."""
         drafted, prompt = self.drafted_tokens, self.prompt_tokens
         retries = Counter({f"retries: {kind}": number for kind, number in self.retries.items()})
+        rate = self.calls / max(self.seconds, 0.1)  # all that was replayed takes no time
         print(
-            f"calls:   {self.calls:,} in this run ({self.calls / self.seconds:.0f}/s, up to {self.most_in_flight:,} in "
+            f"calls:   {self.calls:,} in this run ({rate:.0f}/s, up to {self.most_in_flight:,} in "
             f"flight), {self.replayed:,} replayed from the store, {self.shared:,} shared by equal requests, "
             f"{prompt:,} prompt tokens"
             + (f" ({self.cached_tokens / prompt:.0%} from the prefix cache)" if self.cached_tokens else "")
