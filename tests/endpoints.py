@@ -132,6 +132,16 @@ def dashscope(body: Body) -> Refusal | None:
     return openai_error(message, None, "invalid_parameter_error")
 
 
+def gemini(body: Body) -> Refusal | None:
+    """What it does not know is refused, all at once and in a list; seed is among it (reports of users)."""
+    told = [f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.' for name in unknown_to_it(body)]
+    return (400, [{"error": {"code": 400, "message": "\n".join(told), "status": "INVALID_ARGUMENT"}}]) if told else None
+
+
+def unknown_to_it(body: Body) -> list[str]:
+    return sorted(body.keys() - KNOWN | body.keys() & {"seed"})
+
+
 def routed(body: Body) -> Refusal | None:
     """OpenRouter hands on a provider's refusal, as text within its own (documentation, "Errors")."""
     if "seed" not in body:
@@ -146,7 +156,7 @@ class Service:
     """A kind of server with one model. ``models`` is its list, None if it has none; ``refuses`` are its rules.
 
     ``thinks`` tells for a request whether the model thinks first, and ``shown`` where: in a field, as "tags" in the
-    text, as the "end" tag alone, or only as a "count". ``sampled``: whether the seed makes a difference.
+    text, as the "end" tag alone, only as a "count", or "nowhere". ``sampled``: whether the seed makes a difference.
     """
 
     models: tuple[str, ...] | None = ("model",)
@@ -198,6 +208,15 @@ SERVICES = {
     "DeepSeek, reasoner": Service(owner="deepseek", refuses=deepseek, thinks=always),
     # Model Studio's list is not part of its compatible mode.
     "DashScope, Qwen3": Service(None, refuses=dashscope, thinks=lambda body: body.get("enable_thinking", True)),
+    # Its documentation, "OpenAI compatibility": reasoning_effort; nothing in a reply tells of thinking.
+    "Gemini": Service(
+        ("models/some", "model"),
+        "google",
+        gemini,
+        thinks=lambda body: body.get("reasoning_effort") != "none",
+        shown="nowhere",
+        sampled=False,
+    ),
     "OpenRouter": Service(
         ("some/model", "model"),
         refuses=routed,
@@ -281,7 +300,7 @@ class Endpoint:
             message["content"] = f"{opened}Hmm. {'</think>' if done else ''}\n\n{written}"
         elif thinking and self.service.shown == "count":
             usage["completion_tokens_details"] = {"reasoning_tokens": spent}
-        elif thinking:
+        elif thinking and self.service.shown != "nowhere":
             message[self.service.shown] = "Hmm."
         choice = {"message": message} if chat else {"text": written}
         return {"choices": [{"index": 0, "finish_reason": finish, **choice}], "usage": usage}

@@ -52,6 +52,7 @@ FOUND: dict[str, tuple[int, int, str]] = {
     "DeepSeek, thinking": (5, 0, "thinking is turned off (thinking)"),
     "DeepSeek, reasoner": (7, 1, "max_tokens is not sent here; the model thinks before it replies"),
     "DashScope, Qwen3": (2, 1, "thinking is turned off (enable_thinking)"),
+    "Gemini": (7, 5, "it refuses seed; thinking is turned off (reasoning_effort)"),
     "OpenRouter": (5, 1, "it refuses seed; thinking is turned off (reasoning)"),
     "TGI": (2, 1, "it refuses top_p"),
     "Mistral": (2, 1, "it refuses seed"),
@@ -317,6 +318,26 @@ def test_a_switch_that_one_of_several_servers_refuses_gives_way_to_room(store: S
     asyncio.run(asyncio.wait_for(main(), 20))
 
 
+def test_where_thinking_stays_the_other_servers_are_not_asked_about_it_again(store: Store):
+    async def main() -> None:
+        one, two = Endpoint(SERVICES["vLLM, R1"]), Endpoint(SERVICES["vLLM, R1"])
+        async with one, two, LLM(client.Endpoint(f"{one.url},{two.url}", structured_output=False), store) as llm:
+            await llm.connect("model")
+            assert (len(one.probes), len(two.probes)) == (FOUND["vLLM, R1"][0], 2) and llm.dialect.room == ROOM
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_where_room_for_thinking_is_more_than_the_window_there_is_no_limit(store: Store):
+    def small(body: Body) -> Any:
+        too_long = "This model's maximum context length is 8000 tokens; max_tokens is too large."
+        return openai_error(too_long, None, None) if body.get("max_tokens", 0) > 8000 else None
+
+    (body,), llm, server = sent_to(dataclasses.replace(SERVICES["vLLM, R1"], refuses=small), store)
+    assert "max_tokens" not in body and "max_tokens is not sent here" in llm.dialect.describe()
+    assert len(server.refused) == 1
+
+
 # What no probe can help
 
 
@@ -411,7 +432,6 @@ def test_whatever_a_server_refuses_is_found_out_with_few_probes(
     ("message", "thinks"),
     [
         ({"content": "391"}, False),
-        ({"content": None}, False),
         ({"content": "<think>\n\n</think>\n\n391"}, False),
         ({"content": "391", "reasoning_content": ""}, False),
         ({"content": "391", "reasoning_content": "Hmm."}, True),
@@ -423,6 +443,11 @@ def test_whatever_a_server_refuses_is_found_out_with_few_probes(
 )
 def test_thinking_is_seen_wherever_it_stands(message: dict[str, Any], thinks: bool):
     assert look(json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]})).thinks == thinks
+
+
+@pytest.mark.parametrize(("finish", "thinks"), [("length", True), ("stop", False)])
+def test_a_reply_without_a_word_that_is_cut_off_shows_thinking(finish: str, thinks: bool):
+    assert look(json.dumps({"choices": [{"message": {"content": None}, "finish_reason": finish}]})).thinks == thinks
 
 
 def test_a_dialect_is_read_as_it_was_written():

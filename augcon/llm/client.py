@@ -25,7 +25,7 @@ from augcon.llm.store import Store
 from augcon.progress import say
 from augcon.text.prompts import as_text
 
-Outcome = TypeVar("Outcome")
+Result = TypeVar("Result")
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
@@ -176,7 +176,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             return await _Trial(self, body, probe=True, home=server).outcome()
 
         try:
-            return await dialect.find_out(send, {**probe}, self.dialect, self._extra.keys())
+            return await dialect.find_out(send, probe, self.dialect, self._extra.keys())
         except (Refused, openai.APIStatusError) as error:
             if isinstance(error, openai.APIStatusError) and not failures.too_long(error):
                 final = failures.final(error, False, server.api_base, self.model, self.served)
@@ -342,7 +342,7 @@ class _Attempts:
         """The reply, after as many attempts as it takes. Raises Refused or UserError where none can help."""
         return await self._until_done(self._attempt)
 
-    async def _until_done(self, attempt: Callable[[], Awaitable[Outcome]]) -> Outcome:
+    async def _until_done(self, attempt: Callable[[], Awaitable[Result]]) -> Result:
         retrying = stamina.AsyncRetryingCaller(attempts=None, timeout=None, wait_initial=0.5, wait_max=15)
         return await retrying(self._decide, attempt)
 

@@ -133,8 +133,9 @@ async def find_out(send: Send, body: Body, known: Dialect, given: Set[str]) -> D
     ``given`` are parameters that the user wants sent as they are. Each refusal makes the dialect another one, and none
     comes twice. Raises the refusal where nothing is to be done.
     """
-    found, pattern = known, body.pop("structured_outputs", None)
-    thinks = None
+    found, thinks = known, None
+    form = {name: value for name, value in body.items() if name == "structured_outputs"}
+    body = {name: value for name, value in body.items() if name not in form}
     while thinks is None:
         try:
             thinks = await _thinks(send, body, found)
@@ -145,11 +146,11 @@ async def find_out(send: Send, body: Body, known: Dialect, given: Set[str]) -> D
     if thinks and not found.room:
         settled = found.switch or given & _SWITCHING
         found = await _make_room(send, body, found) if settled else await _turn_off(send, body, found)
-    if pattern and "structured_outputs" not in found.left_out:
+    if form and not form.keys() & set(found.left_out):
         try:
-            await send(found.apply({**body, "structured_outputs": pattern}))
+            await send(found.apply({**body, **form}))
         except openai.APIStatusError:
-            found = dataclasses.replace(found, left_out=(*found.left_out, "structured_outputs"))
+            found = dataclasses.replace(found, left_out=(*found.left_out, *form))
     return found
 
 
@@ -171,9 +172,7 @@ async def _make_room(send: Send, body: Body, dialect: Dialect, *efforts: Body) -
             await send(roomy.apply({**body, "max_tokens": _MOST}))
             break
         except openai.APIStatusError as error:
-            if failures.too_long(error):  # for the window: each request is fitted to it
-                break
-            if parameter_named(error, [roomy.limit]):
+            if failures.too_long(error) or parameter_named(error, [roomy.limit]):  # more than there may be
                 return dataclasses.replace(roomy, limit="")
     return roomy
 
@@ -182,7 +181,7 @@ async def _thinks(send: Send, body: Body, dialect: Dialect) -> bool:
     """Whether the model thinks before it replies. Chat that is cut off without a sign of that is asked for longer."""
     for tokens in (body["max_tokens"], _LONGER) if "messages" in body else (body["max_tokens"],):
         try:
-            seen = await send(dialect.apply({**body, "max_tokens": tokens}))
+            seen = await send(dataclasses.replace(dialect, room=0).apply({**body, "max_tokens": tokens}))
         except openai.APIStatusError as error:
             if _NO_ROOM in str(error.body):
                 return True
@@ -197,12 +196,13 @@ def look(answer: str) -> Seen:
     response = json.loads(answer)
     choice, usage = response["choices"][0], response.get("usage") or {}
     message = choice.get("message") or {}
-    before, end, _ = (message.get("content") or "").partition("</think")
+    cut_off, written = choice["finish_reason"] == "length", message.get("content") or ""
+    before, end, _ = written.partition("</think")
     block = re.sub(r"^\s*<think(ing)?>", "", before)
     apart = message.get("reasoning_content") or message.get("reasoning")
     counted = (usage.get("completion_tokens_details") or {}).get("reasoning_tokens")
-    thinks = bool(apart or counted or ((end or block != before) and block.strip()))
-    return Seen(thinks, choice["finish_reason"] == "length")
+    hidden = message and cut_off and not written  # all the tokens went where they are not shown
+    return Seen(bool(apart or counted or hidden or ((end or block != before) and block.strip())), cut_off)
 
 
 def parameter_named(error: openai.APIStatusError, names: Iterable[str]) -> str:
