@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "machine": {"errors", "hub"},
     "demo": {"data", "errors", "text"},
     "preflight": {"data", "method", "ordered", "plan", "llm", "progress", "run", "text"},
+    "api": {"errors", "files", "run"},
     "plan": {"errors", "files", "machine", "run"},  # scripts, though they live here: augcon.sh asks this one
 }
 SLOW = {"torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "bitsandbytes"}

@@ -1,16 +1,18 @@
 """The pairs that a model is to learn from, or that are exported: as reviewed, with their origins, some held out."""
 
 import dataclasses
+import math
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from augcon.data import Pair
 from augcon.errors import UserError
 from augcon.files import read_lines
-from augcon.run.results import STEP_3, Results
+from augcon.run.cut import ArticleRow
+from augcon.run.results import STEP_1, STEP_3, Results
 from augcon.run.review import apply_review, read_review
 from augcon.run.rows import read_all
 from augcon.text.units import Language
@@ -93,6 +95,46 @@ def _origins_of(pairs: list[Pair], results: Results) -> list[Origin]:
         return rows  # of two pairs with the same question, each has its own
     origins = {row.question: row for row in rows}
     return [origins.get(pair.question, Origin(pair.question)) for pair in pairs]
+
+
+def passages_of(results: Results, origins: Sequence[Origin]) -> list[str | None]:
+    """The text that each pair was answered from: its root context's or, with --answer-from node, its node's."""
+    step_3 = results.record.stages().get("step 3")
+    if step_3 and step_3.made_with.get("answer_from") == "node":
+        queries = results.each_root(results.filtered_queries) if results.filtered_queries.exists() else ()
+        of_node = {query.id: query.context.strip() for _, listed in queries for query in listed}
+        return [of_node.get(origin.id or "") for origin in origins]
+    roots = results.read_contexts() if results.contexts.exists() else []
+    of_root = {root.root: root.text.strip() for root in roots}
+    return [None if origin.root is None else of_root.get(origin.root) for origin in origins]
+
+
+def origin_columns(results: Results, origins: Sequence[Origin]) -> dict[str, list[Any]]:
+    """Where the pairs came from, column by column, with what the corpus tells of their articles."""
+    known = read_lines(results.articles, ArticleRow, STEP_1) if results.articles.exists() else ()
+    by_number = {about.article: about for about in known}
+    articles = [by_number.get(-1 if origin.article is None else origin.article) for origin in origins]
+    names = ("id", "article", "root", "score", "language")
+    columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in names}
+    columns |= {name: [about and getattr(about, name) for about in articles] for name in ("file", "title")}
+    taken = {"question", "answer", "context", "system", *columns}
+    for field in dict.fromkeys(field for about in articles if about for field in about.fields):
+        name = field
+        while name in taken:
+            name = f"corpus_{name}"
+        taken.add(name)
+        columns[name] = _same_type([about and about.fields.get(field) for about in articles])
+    return columns
+
+
+def _same_type(values: list[Any]) -> list[Any]:
+    """The values of a column: as they are where all are numbers or all are texts, otherwise as texts."""
+    values = [None if isinstance(value, float) and not math.isfinite(value) else value for value in values]  # no JSON
+    kinds = {type(value) for value in values if value is not None}
+    large = any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in values)
+    if not large and (len(kinds) < 2 or kinds == {int, float}):
+        return values
+    return [None if value is None else str(value) for value in values]
 
 
 def hold_out(
