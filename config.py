@@ -15,7 +15,7 @@ import sys
 import textwrap
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
@@ -361,3 +361,40 @@ def _format_problem(problem: Any) -> str:
         return message
     name = "--" + str(problem["loc"][0]).replace("_", "-")
     return f"{name}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+
+
+def as_markdown() -> str:
+    """All settings as tables, by group: docs/settings.md, which ``python config.py > docs/settings.md`` makes."""
+    signs = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+    tables: dict[str, list[str]] = {}
+    for name, field in Settings.model_fields.items():
+        default = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+        limits = ((sign, getattr(of, key, None)) for of in field.metadata for key, sign in signs.items())
+        bounds = [f"{sign} {limit:,}" for sign, limit in limits if limit is not None]
+        choices = get_args(field.annotation) or ["on, off"] * (field.annotation is bool)
+        values = ", ".join(map(str, choices or bounds))
+        flag, shown = "--" + name.replace("_", "-"), f"`{default}`" if default != "" else "empty"
+        shown = ("off", "on")[default] if isinstance(default, bool) else shown
+        cells = (f"`{flag}`", shown, values, field.description, Settings.meta(name, "stage"))
+        tables.setdefault(Settings.meta(name, "group"), []).append(f"| {' | '.join(map(str, cells))} |")
+    head = "| flag | default | values | what it is | changes |\n|---|---|---|---|---|\n"
+    return "\n".join([_SETTINGS_PAGE, *(f"## {of}\n\n{head}" + "\n".join(rows) + "\n" for of, rows in tables.items())])
+
+
+_SETTINGS_PAGE = """\
+# Settings
+
+All scripts take all settings: as a flag (`--max-length 300`), or in the environment (`AUGCON_MAX_LENGTH=300`). A flag
+wins. `--demo` and other settings that are on or off are switched off by `--no-demo`. The defaults are the paper's where
+it gives a value.
+
+The last column names the first stage whose outcome a setting changes. A results folder remembers its settings: change
+one, and that stage and those after it up to step 3 have to be made again, which AugCon does only with `--redo`. Stages
+before it stay. A setting without a stage either changes no result, or names files whose content is compared instead, as
+`--corpus` does.
+
+This page is made by `python config.py > docs/settings.md`.
+"""
+
+if __name__ == "__main__":
+    print(as_markdown(), end="")
