@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from augcon.data import Pair
+from augcon.demo.tiny_model import make_tiny_model
 from augcon.errors import UserError
 from augcon.run.pairs import hold_out
 from augcon.run.rows import read_all
@@ -393,6 +394,16 @@ def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: 
     with pytest.raises(UserError, match="begun by 1 processes, and this run has 4"):
         loop.last_checkpoint(folder)
     assert (folder / "checkpoint-3" / "whole").exists()
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path: Path):
+    make_tiny_model(tmp_path / "tiny")
+    pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": f"Why {n}?", "answer": f"So {n}."} for n in range(30)])
+    flags = ("--data", pairs, "--model", tmp_path / "tiny", "--output", tmp_path / "out", "--dry-run")
+    done = run("finetune.py", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "30 pairs" in done.stdout and "tokens:" in done.stdout
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 def test_a_training_that_does_not_fit_or_diverges_says_what_to_do():

@@ -251,3 +251,10 @@ def test_a_corpus_that_is_refused_leaves_the_root_contexts_alone(whole: Path, se
     assert (whole / "contexts.jsonl").read_bytes() == before
     with Results(whole).held(), pytest.raises(UserError, match="another run is using"):
         check(settings("--demo", "--results", whole), 0)
+
+
+def test_a_dry_run_outdates_nothing(whole: Path, settings: Callable[..., Settings]):
+    before = (whole / "run.json").read_text()
+    check(settings("--demo", "--results", whole, "--max-length", 100, "--redo", "--dry-run"), 0)
+    stages = [json.loads(text) for text in (before, (whole / "run.json").read_text())]
+    assert all(stages[0][name] == stages[1][name] for name in ("step 1", "step 2", "step 3"))
