@@ -397,7 +397,7 @@ def test_checkpoints_of_another_number_of_processes_are_kept_and_told(tmp_path: 
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path: Path):
-    make_tiny_model(tmp_path / "tiny")
+    make_tiny_model(tmp_path / "tiny", ["Why so?"])
     pairs = write_rows(tmp_path / "pairs.jsonl", [{"question": f"Why {n}?", "answer": f"So {n}."} for n in range(30)])
     flags = ("--data", pairs, "--model", tmp_path / "tiny", "--output", tmp_path / "out", "--dry-run")
     done = run("finetune.py", *flags)
