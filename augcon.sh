@@ -8,7 +8,15 @@
 # --api-base or AUGCON_API_BASE, that server is asked and none is started. With neither, it is a demonstration.
 set -euo pipefail
 home="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-settings=("$@")
+settings=()
+while [ $# -gt 0 ]; do # a key goes on in the environment: commands are shown, by this script and by others
+    case "$1" in
+        --api-key) export AUGCON_API_KEY="${2-}" && shift ;;
+        --api-key=*) export AUGCON_API_KEY="${1#*=}" ;;
+        *) settings+=("$1") ;;
+    esac
+    [ $# = 0 ] || shift
+done
 PATH="${VIRTUAL_ENV:-${CONDA_PREFIX:-$home/.venv}}/bin:$PATH"
 export PYTHONPATH="$home${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 # else a log lags behind
 
@@ -45,7 +53,7 @@ score_queries() {
     contained deepspeed "${ranks[@]}" --master_port "$port" --quiet "$home/step2_scorer.py" "${settings[@]}"
 }
 
-for setting in "$@"; do
+for setting in "${settings[@]}"; do
     if [ "$setting" = --help ] || [ "$setting" = -h ]; then
         sed -n '2,/^set /s/^# \{0,1\}//p' "$home/augcon.sh"
         help="$(plan way 2>/dev/null)" || help="options: to see them, run bash install.sh first"
@@ -106,7 +114,7 @@ if [ "$last" != none ] || [ ! -e "$report" ]; then
 fi
 
 next=(deepspeed "$home/finetune.py")
-for setting in "$@"; do
+for setting in "${settings[@]}"; do
     if [ "$setting" != --redo ]; then next+=("$setting"); fi # agreed to already, and only for the steps above
 done
 if [ "$server" = demo ]; then next+=(--model "$results/tiny_model" --epochs 1); fi

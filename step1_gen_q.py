@@ -51,8 +51,7 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
     roots = cut.roots
     async with LLM(pick(Endpoint, settings), store) as llm:
         model = await llm.connect(settings.model, settings.api_model)
-        other = "" if model == settings.model else f" (steps 2 and later use the model setting, {settings.model!r})"
-        print(f"server:  {settings.api_base} serves {model!r}{other}")
+        print(f"server:  {settings.api_base} serves {model!r}")
         inputs = {
             **tree_inputs(settings.inputs("step 1"), roots, settings.language),
             "model served": model,

@@ -236,7 +236,10 @@ def order_refills(settings: Settings, results: Results, roots: list[RootContext]
     results.record.finish("step 2", refills=grown, ordered=len(rounds), queries=file_digest(results.queries))
     outcome = f"roots:   {len(roots) - len(short):,} of {len(roots):,} have their quota"
     if len(rounds) > grown:
-        outcome += f"; {len(rounds[-1]):,} go back to step 1 for one more tree: run {STEP_1}, then this again"
+        outcome += (
+            f"; {len(rounds[-1]):,} go back to step 1 for one more tree: {STEP_1}, which augcon.sh runs next, and"
+        )
+        outcome += " then this again"
     elif short:
         missing = sum(of.missing for of in short)
         outcome += f"; {len(short):,} stay short of it, by {missing:,} pairs ({missing / quota:.1%} of the quota)"

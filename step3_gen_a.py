@@ -26,7 +26,7 @@ from augcon.run.inputs import answer_inputs, prompts_for, read_examples, text_fo
 from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
 from augcon.run.report import CallFigures, format_counts, print_answers, print_search
-from augcon.run.results import STEP_2, Results
+from augcon.run.results import STEP_1, STEP_2, Results
 from augcon.text.prompts import load_prompts
 from augcon.text.units import Language
 from config import Settings, load_settings, pick
@@ -46,6 +46,14 @@ class Scored:
 
     id: str
     score: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Doubted:
+    """What is read of a line of nodes.jsonl."""
+
+    id: str
+    doubt: str = ""
 
 
 @stage
@@ -158,6 +166,8 @@ def origins(settings: Settings, results: Results, roots: Roots, answers: list[An
     """The lines of sft_origins.jsonl; None where the files of steps 1 and 2 do not tell."""
     scored = read_lines(results.scores, Scored, STEP_2) if results.scores.exists() else ()
     scores = {row.id: row.score for row in scored}
+    nodes = read_lines(results.nodes, Doubted, STEP_1) if results.nodes.exists() else ()
+    doubts = {row.id: row.doubt for row in nodes if row.doubt}
     for answer in answers:
         query = answer.query
         yield {
@@ -170,6 +180,7 @@ def origins(settings: Settings, results: Results, roots: Roots, answers: list[An
             "depth": None if query.path is None else len(query.path),
             "score": scores.get(query.id),
             "tries": answer.tries,
+            "doubt": doubts.get(query.id, ""),
             "language": prompts_for(query.text, settings.language).language,
         }
 

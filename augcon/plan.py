@@ -55,12 +55,16 @@ def server_of(settings: Settings, gpus: int) -> str:
 def check(settings: Settings, gpus: int) -> None:
     """Raises UserError for inputs that cannot be read, and for results that would be replaced without --redo."""
     # This takes seconds to import, and `next` does without.
+    from augcon.hub import find_model
     from augcon.run.cut import CorpusRules, read_corpus
     from augcon.run.inputs import answer_inputs, read_examples, tree_inputs
 
     results, rules = Results(settings.results), pick(CorpusRules, settings)
     cut = read_corpus(rules, results)
     examples = read_examples(settings.qa_examples)
+    tiny = Path(settings.scorer_model).name == "tiny_model"  # which augcon.sh makes when its turn comes
+    if settings.scorer_model and not tiny and not results.scorer.exists():
+        find_model(settings.scorer_model)  # rather than to miss it after step 1
     served = {"demo": DEMO_MODEL, "vllm": settings.api_model or settings.model}.get(server_of(settings, gpus))
     model = {"model served": served} if served else {}
     stages = (

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 LONG_ENOUGH = 30.0  # seconds after which nothing more of a part is tried
-FEW, MANY = 4, 256  # items tried together at first, then twice as many, and so on; and in all
+FEW, MANY = 2, 256  # items tried together at first, then twice as many, and so on; and in all
 SIZES = ("", " k", " M", " G")
 ON_DISK = 5.5  # bytes for each byte of a reply: in the store, and in what is made of it
 
@@ -71,7 +71,9 @@ class Tried(Generic[Item, Made]):
 
     def of(self, share: float) -> Cost:
         """What the whole will take, of which this is a ``share``."""
-        cost = sum(self.costs, Cost()) * (1 / share if self.items else 0)
+        if not self.items:
+            return Cost()
+        cost = sum(self.costs, Cost()) * (1 / share)
         return dataclasses.replace(cost, seconds=cost.written / self.speed if self.speed else math.nan)
 
 
@@ -91,6 +93,8 @@ async def attempt(
             nonlocal longest, most
             longest, most = max(longest, reply.prompt_tokens), max(most, request.max_tokens + llm.dialect.room)
             costs.append(Cost(1, reply.prompt_tokens, reply.cached_tokens, reply.written_tokens, size))
+            progress.set_postfix_str(llm.state, refresh=False)
+            progress.update(0)
             return reply
 
         return await work(ask, item), sum(costs, Cost())

@@ -20,6 +20,7 @@ def bar(total: int | None, what: str, unit: str, delay: float = 0) -> "tqdm[None
         desc=what,
         unit=f" {unit}",
         delay=delay,
+        miniters=0,  # so that update(0) shows that something goes on
         mininterval=least,
         maxinterval=most,
         smoothing=least / _SETTLED,

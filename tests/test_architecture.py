@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "demo": {"data", "errors", "text"},
     "preflight": {"data", "method", "ordered", "plan", "llm", "progress", "run", "text"},
     "api": {"errors", "files", "run"},
-    "plan": {"errors", "files", "machine", "run"},  # scripts, though they live here: augcon.sh asks this one
+    "plan": {"errors", "files", "hub", "machine", "run"},  # scripts, though they live here: augcon.sh asks this one
 }
 SLOW = {"torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "bitsandbytes"}
 

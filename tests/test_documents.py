@@ -169,6 +169,21 @@ def test_what_is_left_out_of_each_kind_is_counted(tmp_path: Path):
     assert not counts["pump.epub"], "its contents are in a file of their own, which is not read"
 
 
+def test_marks_that_the_converter_of_pdfs_takes_for_ligatures_are_put_back():
+    plain = "sed ’s#usr/lib#lib#g’ see x.html#start and fi README* Wait: Mail done!"
+    misread = "sed 'sfiusr/libfilibfig' see x.htmlfistart and fi READMEtt Waitti Mail donefi"
+    assert (
+        documents.with_marks(misread, plain) == "sed 's#usr/lib#lib#g' see x.html#start and fi README* Wait: Mail done!"
+    )
+    assert documents.with_marks("fine setting", "fine setting #") == "fine setting"
+
+
+def test_backslashes_of_markdown_are_no_text_but_those_of_code_are(tmp_path: Path):
+    kept = r"1\. Start \`x\` \$5\! and `a\.b` and ```\ns/\./x/``` then \* end"
+    tidied = documents._ESCAPE.sub(lambda found: found[1] or found[2], kept.replace("\\\\", "\\"))
+    assert tidied == "1. Start `x` $5! and `a\\.b` and ```\\ns/\\./x/``` then * end"
+
+
 def test_documents_that_cannot_be_had_are_skipped_with_the_reason(tmp_path: Path):
     (tmp_path / "empty.pdf").touch()
     (tmp_path / "broken.docx").write_bytes(b"PK\x03\x04 not really")
@@ -430,6 +445,15 @@ def test_title_fields_and_files_go_from_the_corpus_to_the_results(tmp_path: Path
     assert skipped == ["cases.jsonl", "notes/photo.jpg"]
     titles = [json.loads(line)["title"] for line in (results / "contexts.jsonl").read_text().splitlines()]
     assert titles == ["Pump X200", "", "Frost"]
+
+
+def test_a_title_field_that_is_named_has_to_be_there(tmp_path: Path, engine):
+    (tmp_path / "cases.csv").write_text(f"headline,article\nA case,{PROSE[2]}\n")
+    flags = ("--api-base", engine.api, "--corpus", tmp_path / "cases.csv", "--results", tmp_path / "r")
+    step = run("step1_gen_q.py", *flags, "--title-field", "headlin")
+    assert says_one_line(step, "'headlin'", "'headline'", "--title-field")
+    assert run("step1_gen_q.py", *flags, "--title-field", "headline", "--negatives", 0).returncode == 0
+    assert json.loads((tmp_path / "r" / "contexts.jsonl").read_text())["title"] == "A case"
 
 
 def test_a_folder_of_articles_is_no_test_split(tmp_path: Path, engine):

@@ -10,17 +10,19 @@ import json
 import math
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
 from augcon.errors import UserError
+from augcon.files import read_lines
 from augcon.method.pairs import Reservoir
 from augcon.report.alike import Alike, beside_kept
 from augcon.report.questions import KINDS, kind_of
 from augcon.report.rows import Answered, NodeRow, RootRows, Scored, each_root
-from augcon.run.results import Results
+from augcon.run.cut import ArticleRow
+from augcon.run.results import STEP_1, Results
 from augcon.text.units import language, length, units
 
 MOST_NODES = 300_000  # of a larger run, the trees of some root contexts are shown
@@ -83,7 +85,9 @@ def gather(results: Results, seed: int) -> Gathered:
     has = [path.name for path in files if path.exists()]
     if not has:
         raise UserError(f"{results.folder} holds nothing to report on; run bash augcon.sh first, or name --results")
-    gathering = _Gathering(seed, every=1 + _count_lines(results) // MOST_NODES)
+    articles = read_lines(results.articles, ArticleRow, STEP_1) if results.articles.exists() else ()
+    known = {row.article: row for row in articles}
+    gathering = _Gathering(seed, 1 + _count_lines(results) // MOST_NODES, known)
     for rows in each_root(results):
         gathering.add(rows)
     return gathering.finish(has)
@@ -99,8 +103,8 @@ def _count_lines(results: Results) -> int:
 class _Gathering:
     """What has been gathered so far. Of ``every`` so many root contexts, one has its trees shown."""
 
-    def __init__(self, seed: int, every: int) -> None:
-        self.seed, self.every = seed, every
+    def __init__(self, seed: int, every: int, known: Mapping[int, ArticleRow]) -> None:
+        self.seed, self.every, self.known = seed, every, known
         self.counts: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
         self.depths: Counter[int] = Counter()
@@ -179,7 +183,9 @@ class _Gathering:
         number = rows.root.article if rows.root else None
         if not self.titles or self.articles.of["number"][-1] != number:
             first = next(iter(rows.root.text.strip().splitlines()), "") if rows.root else ""
-            self.titles.append(excerpt(rows.root.title or first if rows.root else "", _TITLE))
+            title = excerpt(rows.root.title or first if rows.root else "", _TITLE)
+            about = self.known.get(-1 if number is None else number)
+            self.titles.append(f"{title} · {excerpt(str(about), _TITLE)}" if about and about.file else title)
             self.articles.append(number=number, length=0, covered=0, finer=0)
         if rows.root:
             used = {row.origin.id for row in rows.answered}

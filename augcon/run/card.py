@@ -70,7 +70,8 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
     }
     cut = stages["corpus as cut"].made_with if "corpus as cut" in stages else {}
     corpus = ", ".join(map(public_name, cut.get("corpus", "").split(",")))
-    return {"corpus": corpus, "table": {name: of for name, of in table.items() if of}}
+    demo = any(name and "not-an-llm" in name for name in served)
+    return {"corpus": corpus, "demo": demo, "table": {name: of for name, of in table.items() if of}}
 
 
 def public_name(name: str) -> str:

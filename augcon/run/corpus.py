@@ -27,6 +27,7 @@ from augcon.text.units import clean, units
 TEXT = {".txt": False, ".md": True, ".markdown": True}  # and whether it is Markdown
 ROWS = {*JSON_LINES, *BUILDERS}
 ARCHIVE = ".zip"
+TITLE = "title"  # the field that is taken for one where it is there
 KINDS = sorted({*TEXT, *MIME, *ROWS, ARCHIVE})
 LARGEST = 256 << 20  # bytes of a file that is one article
 _LONGEST_FIELD, _LONGEST_TITLE = 1000, 200  # characters of what goes with the article
@@ -188,7 +189,9 @@ class Corpus:
                 source = Path(folder) / place.name
                 with place.open("rb") as packed, source.open("wb") as copy:
                     shutil.copyfileobj(packed, copy)
-            rows = read_rows(str(source), (self._text,), "train", "corpus", "name one with --text-field", further=True)
+            named = (self._text, self._title) if self._title not in ("", TITLE) else (self._text,)
+            advice = "name one with --text-field or --title-field"
+            rows = read_rows(str(source), named, "train", "corpus", advice, further=True)
             for number, row in enumerate(rows):
                 yield _Found(row, name, number) if isinstance(row, Unreadable) else self._found(row, name, number)
 

@@ -77,6 +77,11 @@ class ArticleRow:
     title: str = ""
     fields: dict[str, str | int | float] = dataclasses.field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Where it is from, in a few words."""
+        row = () if self.row is None else (f"row {self.row}",)
+        return ", ".join([self.file, *row, *(f"{name} {value}" for name, value in self.fields.items())])
+
 
 @dataclasses.dataclass(frozen=True)
 class Cut:

@@ -23,7 +23,10 @@ MIME = {
 _MOST_SECONDS = 300.0  # for one document
 # What the converter writes above the text of an HTML page, with its last line as a heading, or of a chapter of an EPUB.
 _HEAD = re.compile(r"\A---\n(?:[\w-]+: .*\n)*\n*## [\w-]+: .*\n|^---\n(?:[\w-]+: .*\n)+---\n", re.MULTILINE)
-_ESCAPE = re.compile(r"\\([<>_*\[\]#|~])")
+_ESCAPE = re.compile(r"\\([!-/:-@\[-`{-~])|(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)  # code has none
+# What the converter takes for ligatures of a damaged font, in PDFs where it is none; its plain text has them right.
+_MISREAD = {"#": "fi", "*": "tt", ":": "ti", "!": "fi", "M": "tti"}
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 _PAGE_NUMBER = re.compile(r"[\s|*#]*(?:\d{1,4}|[ivxlc]{1,6})[\s|*]*", re.IGNORECASE)
 _WITH_PAGE = re.compile(r"[\s*#]*\d{1,4}\s+\D|.*\D\s+\d{1,4}[\s*]*$")
 _HEADER, _LONGEST = 15, 200  # most units and characters of a line at the top or the bottom of a page
@@ -88,13 +91,25 @@ def convert(data: bytes, suffix: str) -> tuple[str, str]:
     text = found.content
     if suffix not in {".pdf", ".docx"}:
         text = _HEAD.sub("", text)
-    text = _ESCAPE.sub(r"\1", text)
+    text = _ESCAPE.sub(lambda found: found[1] or found[2], text)
     if suffix == ".pdf":
-        text = without_page_lines(text)
+        config["output_format"] = "plain"
+        plain = kreuzberg.extract_bytes_sync(data, MIME[suffix], config=kreuzberg.ExtractionConfig(**config))
+        text = without_page_lines(with_marks(text, plain.content))
         if not text.strip():
             raise ValueError("no text in it, perhaps scanned")
     title = html.unescape(str(found.metadata.get("title") or "")).strip()
     return text, "" if _NO_TITLE.fullmatch(title) else title
+
+
+def with_marks(text: str, plain: str) -> str:
+    """The text of a PDF with the marks that were taken for ligatures, found by the words of its ``plain`` text."""
+    words = set(plain.translate(_STRAIGHT).split())
+    marked: dict[str, str] = {}
+    for word in words:
+        for mark in _MISREAD.keys() & set(word):
+            marked.setdefault(word.replace(mark, _MISREAD[mark]), word)
+    return re.sub(r"\S+", lambda found: found[0] if found[0] in words else marked.get(found[0], found[0]), text)
 
 
 def without_page_lines(text: str) -> str:

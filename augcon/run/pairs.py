@@ -40,6 +40,7 @@ class Origin:
     root: int | None = None
     score: float | None = None
     language: Language | None = None
+    doubt: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ def origin_columns(results: Results, origins: Sequence[Origin]) -> dict[str, lis
     known = read_lines(results.articles, ArticleRow, STEP_1) if results.articles.exists() else ()
     by_number = {about.article: about for about in known}
     articles = [by_number.get(-1 if origin.article is None else origin.article) for origin in origins]
-    names = ("id", "article", "root", "score", "language")
+    names = ("id", "article", "root", "score", "doubt", "language")
     columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in names}
     columns |= {name: [about and getattr(about, name) for about in articles] for name in ("file", "title")}
     taken = {"question", "answer", "context", "system", *columns}
