@@ -69,10 +69,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The results of a run on that corpus, and what it said."""
     folder, mark = tmp_path_factory.mktemp("small run"), Mark()
-    done = run(mark, folder, "--corpus", corpus, "--results", "my results", *FEW)
+    done = run(mark, folder, "--corpus", corpus, "--results", "my results", *FEW, "--api-key", "sk-on-no-line")
     left = mark.alive()
     mark.end()
     assert done.returncode == 0 and not left, done.stderr
+    assert "sk-on-no-line" not in done.stdout + done.stderr
     return folder / "my results", done.stdout
 
 
