@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import socket
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
@@ -22,8 +23,10 @@ from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.llm import client as llm_module
 from augcon.llm.client import LLM, STRIKES, Endpoint
+from augcon.llm.servers import LARGEST
 from augcon.llm.store import Store
 from augcon.ordered import map_in_order
+from augcon.text.units import clean
 from tests.scripted_server import (
     Behaviour,
     ScriptedServer,
@@ -156,6 +159,7 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "no choices": (answers('{"choices": []}'), "bad reply"),
     "null choices": (answers('{"choices": null}'), "bad reply"),
     "an error with status 200": (answers('{"error": {"message": "busy"}}'), "bad reply"),
+    "too long a body": (answers(json.dumps(reply_body("x" * LARGEST))), "bad reply"),
     "a number for content": (answers(json.dumps(reply_body(5))), "bad reply"),  # type: ignore[arg-type]
 }
 
@@ -724,28 +728,34 @@ def test_servers_of_which_one_has_another_model_are_refused(store: Store):
 
 def test_a_second_run_makes_no_calls_and_gets_the_same_replies(store: Store):
     async def main() -> None:
-        texts = {"plain": "黄河\n之水", "null": None, "empty": "", "NUL": "a\0b", "long": "x" * 2_000_000}
+        texts = {"plain": "黄河\n之水", "null": None, "empty": "", "NUL": "a\0b", "long": "x" * 1_500_000}
         script = lambda body, before: says(texts[prompt_of(body)], "length" if prompt_of(body) == "long" else "stop")  # noqa: E731
         async with ScriptedServer(script) as server:
             async with connected(server, store) as llm:
                 first = [await llm.ask(request(name)) for name in texts]
             async with connected(server, store) as llm:
                 second = [await llm.ask(request(name)) for name in texts]
-            assert first == second == [Reply(text or "", name != "long") for name, text in texts.items()]
+            assert first == second == [Reply(clean(text or ""), name != "long") for name, text in texts.items()]
             assert len(server.bodies) == llm.counts["replayed"] == len(texts) and llm.counts["calls"] == 0
 
     play(main())
 
 
-def test_a_reply_with_lone_surrogates_is_kept_as_it_came(store: Store):
+def test_what_a_model_wrote_is_clean_text_also_where_an_earlier_version_kept_it(store: Store):
     async def main() -> None:
-        body = json.dumps(reply_body("half a \ud83d smile"))
+        body = json.dumps(reply_body("half a \ud83d smile\r\n\x00"))
         async with ScriptedServer(always(answers(body))) as server:
             async with connected(server, store) as llm:
                 first = await llm.ask(request("x"))
+                connection = sqlite3.connect(store._path)
+                (kept,) = (row[0] for row in connection.execute("SELECT reply FROM replies") if "smile" in row[0])
+                raw = (kept.replace("smile", "smile\\udc00"), kept)
+                connection.execute("UPDATE replies SET reply = ? WHERE reply = ?", raw)
+                connection.commit()
+                connection.close()
             async with connected(server, store) as llm:
                 assert await llm.ask(request("x")) == first
-        assert first.text == "half a \ud83d smile"
+        assert first.text == "half a  smile\n"
 
     play(main())
 

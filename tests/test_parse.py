@@ -87,6 +87,7 @@ USELESS = {
     "问题：": "no halves",
     "问题：\n片段1：\n片段2：": "question too short",
     "问题：为什么？\n片段1：甲\n片段2：乙": "question too short",
+    f"问题：{'长' * 999}吗？\n片段1：甲\n片段2：乙": "question too long",
     "问题：** **\n片段1：甲\n片段2：乙": "question too short",
     "问题：（一个问句）\n片段1：（前一个片段）\n片段2：（后一个片段）": "no question, only its place",
     "问题：（一个完整的问句）\n片段1：甲\n片段2：乙": "no question, only its place",

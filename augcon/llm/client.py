@@ -24,6 +24,7 @@ from augcon.llm.servers import Server, Servers, connections
 from augcon.llm.store import Store
 from augcon.progress import say
 from augcon.text.prompts import as_text
+from augcon.text.units import clean
 
 Result = TypeVar("Result")
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
@@ -246,7 +247,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         if stored := self._store.get(key):
             self.counts["replayed"] += 1
             self._accepted.add(self._kind(body))
-            return Reply(**json.loads(stored))
+            reply = Reply(**json.loads(stored))
+            return dataclasses.replace(reply, text=clean(reply.text))  # earlier versions kept it as it came
         self._pending[key] = asyncio.create_task(self._ask_and_store(request, body, key))
         try:
             return await self._pending[key]
@@ -301,7 +303,7 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             prompt, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
             cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
-            reply = Reply(text, choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
+            reply = Reply(clean(text), choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
         self._accepted.add(self._kind(body))
         server.answered(now() - started, len(text), self.servers.wanted)
         return reply

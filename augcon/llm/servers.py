@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import httpx2
 import openai
 import stamina
 from pydantic import SecretStr
@@ -26,6 +27,7 @@ _SILENCE = 20.0  # seconds without a reply from any server, and several times as
 _IN_A_ROW = 8  # failures without a reply in between from which a server is taken to be out of order
 _OTHER_FILES = 200  # that a process may have open besides its connections
 _EXPERIENCE = 100  # replies from which on it is known how long one may take
+LARGEST = 4_000_000  # bytes of a response; no reply that was asked for is longer
 
 _Waiting = tuple[bool, int, int, asyncio.Future["Server"]]  # first tries last; root context; number
 
@@ -40,6 +42,29 @@ def connections(wanted: int) -> int:
 def clock(moment: float) -> str:
     """A moment of the event loop's clock as the time of day."""
     return time.strftime("%H:%M:%S", time.localtime(time.time() + moment - now()))
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """The body of a response. Raises BadReply where it goes on and on, which would take all memory."""
+
+    def __init__(self, body: httpx2.AsyncByteStream) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._body:
+            size += len(part)
+            if size > LARGEST:
+                raise failures.BadReply(f"the reply is longer than {LARGEST:,} bytes")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+async def _bound(response: httpx2.Response) -> None:
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _Bounded(response.stream)
 
 
 class Server:
@@ -62,12 +87,17 @@ class Server:
         self.longest = 0.0  # seconds of a reply
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + 2)
         loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", api_base, re.IGNORECASE)
+        transport = openai.DefaultAioHttpClient(
+            limits=limits,
+            trust_env=not loopback,  # no proxy to loopback
+            event_hooks={"response": [_bound]},
+        )
         self.client = openai.AsyncOpenAI(
             base_url=api_base,
             api_key=api_key.get_secret_value(),
             max_retries=0,
             timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),  # no proxy to loopback
+            http_client=transport,
         )
 
     async def find_models(self, patience: float) -> Exception | None:

@@ -13,7 +13,7 @@ from augcon.data import Grades, Split
 from augcon.text.prompts import Prompts, disarm
 from augcon.text.units import clean
 
-SHORTEST_QUESTION = 5  # characters
+SHORTEST_QUESTION, LONGEST_QUESTION = 5, 1000  # characters
 
 # Labels that models put in place of ours, in either language.
 _QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
@@ -157,6 +157,8 @@ def _question(written: str, prompts: Prompts) -> str:
         question = question[1:-1].strip()
     if len(question) < SHORTEST_QUESTION:
         raise Unparseable("question too short")
+    if len(question) > LONGEST_QUESTION:
+        raise Unparseable("question too long")
     if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
         raise Unparseable("no question, only its place")
     shown = {example.question for example in prompts.cst.examples} | {e.question for e in prompts.focus.examples}
