@@ -21,6 +21,7 @@ _HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Te
 _NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
 _CUT = r"(?:分开处|分割处|切分处|Cut(?: after)?|Split(?: after)?)"
 _ANSWER = ("答案", "回答", "答", "Answer")
+_LONGEST_GRADE = 1000  # characters; Unicode's normal form takes time in the square of the length
 _GRADE = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
 _IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?+"  # before and after a grade
 
@@ -103,7 +104,8 @@ def _plain(text: str) -> str:
 
 
 def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
-    if found := re.fullmatch(pattern, _plain(without_thinking(reply)), re.IGNORECASE):
+    said = without_thinking(reply).strip()
+    if len(said) <= _LONGEST_GRADE and (found := re.fullmatch(pattern, _plain(said), re.IGNORECASE)):
         return found
     raise Unparseable(reason)
 
@@ -172,7 +174,7 @@ def _question(written: str, prompts: Prompts) -> str:
 def _half(written: str) -> str:
     """A half without what is not its text: unclosed marks, closing rules, words for "empty"."""
     lines = written.strip().split("\n")
-    while lines and re.fullmatch(r"\s*(?:-{3,}|\*{3,}|={3,}|)\s*", lines[-1]):
+    while lines and re.fullmatch(r"-{3,}|\*{3,}|={3,}|", lines[-1].strip()):
         lines.pop()
     half = "\n".join(lines).rstrip()
     for mark in ("```", "**"):
