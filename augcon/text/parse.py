@@ -67,7 +67,8 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
         visible = visible[label.end() :].strip()
         if visible.count("**") % 2:  # the label stood inside the bold text
             visible = visible.removesuffix("**").rstrip()
-    if not re.search(r"\w", visible):
+    lines = (line.strip(" \t*_#>】]") for line in visible.splitlines())
+    if not re.search(r"\w", visible) or all(line.endswith((":", "：")) for line in lines if line):  # labels alone
         raise Unparseable("empty")
     return visible
 
