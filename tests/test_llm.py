@@ -160,6 +160,13 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "null choices": (answers('{"choices": null}'), "bad reply"),
     "an error with status 200": (answers('{"error": {"message": "busy"}}'), "bad reply"),
     "too long a body": (answers(json.dumps(reply_body("x" * LARGEST))), "bad reply"),
+    "nested deep": (answers('{"choices": ' + "[" * 200_000), "bad reply"),
+    "a list for the end": (answers(json.dumps(reply_body("x", []))), "bad reply"),  # type: ignore[arg-type]
+    **{
+        f"usage {usage}": (answers(json.dumps({**reply_body("x"), "usage": usage})), "bad reply")
+        for usage in (["x"], "x", {"prompt_tokens": "7"}, {"completion_tokens": [7]}, {"prompt_tokens": -7.5})
+    },
+    "usage infinite": (answers(json.dumps(reply_body("x")).replace(": 7", ": 1e999")), "bad reply"),
     "a number for content": (answers(json.dumps(reply_body(5))), "bad reply"),  # type: ignore[arg-type]
 }
 
@@ -620,6 +627,8 @@ def test_the_model_is_found_or_those_on_offer_are_listed(store: Store):
         answers('{"data": null}'),
         answers('{"data": []}'),
         answers('{"data": [{}, null, "x"]}'),
+        answers('{"data": [{"id": 5}, {"id": ["x"]}]}'),
+        answers('{"data": ' + "[" * 200_000),
         answers('{"data": "x"}'),
     ],
 )
@@ -629,6 +638,17 @@ def test_a_server_that_lists_no_models_is_used_all_the_same(store: Store, listin
             assert await llm.connect("mine") == "mine"
             await llm.ask(request("x"))
             assert server.bodies[0]["model"] == "mine"
+
+    play(main())
+
+
+def test_a_name_of_a_model_that_is_no_text_is_cleaned(store: Store):
+    listing = answers(json.dumps({"data": [{"id": "mo\ud83ddel\n", "max_model_len": "long"}]}))
+
+    async def main() -> None:
+        async with ScriptedServer(echo, models=listing) as server, LLM(Endpoint(server.url), store) as llm:
+            assert await llm.connect("mine") == "model\n"
+            await llm.ask(request("x"))
 
     play(main())
 

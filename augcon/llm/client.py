@@ -300,16 +300,23 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             text = (choice["text"] if self.endpoint.completions else choice["message"].get("content")) or ""
             if not isinstance(text, str):
                 raise TypeError
-            prompt, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
+            prompt, written = _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens")
+            cached = _tokens(usage.get("prompt_tokens_details") or {}, "cached_tokens")
             reply = Reply(clean(text), choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
+        self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
         self._accepted.add(self._kind(body))
         server.answered(now() - started, len(text), self.servers.wanted)
         return reply
 
     async def _probe(self, server: Server) -> None:
         await self._post(server, self._body(_PROBE))
+
+
+def _tokens(usage: dict[str, Any], name: str) -> int:
+    number = usage.get(name) or 0
+    if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+        raise TypeError
+    return int(number)
 
 
 def _digest(asked: list[Any]) -> bytes:
@@ -322,7 +329,7 @@ def _protocol(answer: str) -> Iterator[None]:
     """Raises BadReply where an answer cannot be read."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
 
 

@@ -20,6 +20,7 @@ from augcon.errors import UserError
 from augcon.llm import failures
 from augcon.llm.limit import Limit, figures, now
 from augcon.progress import say
+from augcon.text.units import clean
 
 READING = 0.5  # seconds between two readings of a server's figures
 PROBING = 1.0  # seconds between two probes of a server that does not answer
@@ -107,12 +108,12 @@ class Server:
                 with attempt:
                     async with asyncio.timeout(min(60, self.limit.timeout)):
                         models = [model async for model in self.client.models.list()]
-            self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
+            self.served = {clean(model.id): clean(str(getattr(model, "root", None) or "")) for model in models}
             self.is_vllm = any(getattr(model, "owned_by", "") == "vllm" for model in models)
-            self.window = min(getattr(model, "max_model_len", None) or math.inf for model in models)
+            self.window = min(float(getattr(model, "max_model_len", None) or math.inf) for model in models)
         except failures.NO_ANSWER as error:
             return error
-        except (openai.APIError, TypeError, AttributeError, ValueError):
+        except (openai.APIError, TypeError, AttributeError, ValueError, RecursionError):
             pass  # some gateways do not list their models
         return None
 
