@@ -665,6 +665,25 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
     play(main())
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_what_answers_with_a_page_to_everything_is_no_outage(store: Store, known: bool):
+    page = answers("<html>Sign in</html>", content_type="text/html")
+
+    async def main() -> None:
+        async with ScriptedServer(always(page), models=page, greets=known) as server:
+            async with LLM(Endpoint(server.url), store) as llm:
+                if known:
+                    await llm.connect("model")
+            async with LLM(Endpoint(server.url), store) as llm:
+                error = await outcome(llm.connect("model"))
+                if known:
+                    error = await outcome(llm.ask(request("x")))
+                assert isinstance(error, UserError) and "\n" not in str(error)
+                assert "Sign in" in str(error) and "--api-base" in str(error)
+
+    play(main())
+
+
 def test_a_refused_key_is_said_on_connecting(store: Store):
     async def main() -> None:
         refusal = refuses(401)

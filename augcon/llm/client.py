@@ -28,6 +28,7 @@ from augcon.text.units import clean
 
 Result = TypeVar("Result")
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
+_HOPELESS = 3  # bad replies to a request after which a server that never gave a good one is taken for something else
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
 _MANY = 20  # refused requests, or asks, from which on it matters whether most are refused or their replies no use
@@ -342,6 +343,7 @@ class _Attempts:
     root: int | None = None
     probe: bool = False  # whether to send a harmless request first, to tell a bad request from a bad server
     strikes: int = 0
+    bad_replies: int = 0
     successes: float = math.inf  # of all requests, when this one last failed
     server: Server | None = None  # of the last attempt
     began: float = 0.0  # when that was
@@ -381,6 +383,14 @@ class _Attempts:
             raise final from error
         kind = failures.kind(error)
         llm.counts[f"retries: {kind}"] += 1
+        if kind == "bad reply" and not server.replied:  # a page of something else, rather than an outage
+            self.bad_replies += 1
+            if self.bad_replies < _HOPELESS:
+                return True
+            raise UserError(
+                f"the server at {server.api_base} has given no good reply ({failures.describe(error)}); is it an LLM "
+                "server? Correct --api-base, which often ends in /v1"
+            ) from error
         if isinstance(error, openai.RateLimitError):
             server.limit.refused(server.under_way)
             return failures.retry_after(error, llm.endpoint.server_wait) or True
@@ -418,6 +428,7 @@ class _Trial(_Attempts):
             with _protocol(answer):
                 shown = dialect.look(answer)
             self.server.alive()
+            self.server.replied = True
             return shown
 
     def _decide(self, error: Exception) -> bool | float:

@@ -80,6 +80,7 @@ class Server:
         self.is_vllm = False
         self.window = math.inf  # tokens of a prompt and its reply, where the server tells
         self.up = True
+        self.replied = False  # whether it has given a reply that could be read
         self.under_way = self.most_under_way = self.successes = 0
         self.failures = 0  # since the last success
         self.failing_since: float | None = None
@@ -120,6 +121,7 @@ class Server:
     def answered(self, seconds: float, size: int, wanted: bool) -> None:
         """Takes a reply of ``size`` characters into account."""
         self.alive()
+        self.replied = True
         self.longest = max(self.longest, seconds)
         self.limit.answered(seconds, size, self.under_way, wanted)
 
