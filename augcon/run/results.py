@@ -110,7 +110,7 @@ class Results:
 
     def keep_figures(self, stage: str, asked: "CallFigures | None" = None, same: bool = False, **figures: Any) -> None:
         """Keeps the figures of a stage; what it ``asked`` in this run, after earlier runs if it is the ``same``."""
-        known = read_json(self.figures, dict[str, Any], "the steps") if self.figures.exists() else {}
+        known = read_json(self.figures, dict[str, Any], "bash augcon.sh") if self.figures.exists() else {}
         runs = known.get(stage, {}).get("asked", []) if same else []
         if asked and (asked.calls or not runs):
             runs = [*runs, dataclasses.asdict(asked)]
