@@ -289,7 +289,7 @@ def test_the_time_to_read_a_reply_is_linear_in_its_length(piece: str):
 
     for read, form in READERS.items():
         for each in (form, "R甲R", f"<think>R</think>R{form}"):
-            assert seconds(read, each, 300_000) < 40 * seconds(read, each, 20_000) + 0.2, each
+            assert seconds(read, each, 300_000) < 40 * seconds(read, each, 20_000) + 0.5, each
 
 
 # Answers
