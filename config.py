@@ -13,6 +13,7 @@ import re
 import shlex
 import sys
 import textwrap
+import urllib.parse
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args
@@ -23,6 +24,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDic
 from augcon.errors import UserError
 
 PREFIX = "AUGCON_"
+_PATHS = ("results", "corpus", "qa_examples", "data", "review", "output", "mix", "lora", "base", "questions", "outputs")
 _SEVERAL = ("--corpus=", "--qa-examples=", "--api-base=")  # flags that may be repeated
 Part = TypeVar("Part")
 
@@ -230,6 +232,45 @@ class Settings(BaseSettings):
     question_field: str = _inference("question", "the field that holds the question", min_length=1)
     outputs: str = _inference("", "folder for answers, or, for judge.py, folders to grade; empty: results/outputs")
 
+    @field_validator("api_key")
+    @classmethod
+    def _fits_in_a_header(cls, api_key: SecretStr) -> SecretStr:
+        if not re.fullmatch("[!-~]+", api_key.get_secret_value()):
+            raise ValueError("must be one word of ASCII characters; leave it out where the server needs none")
+        return api_key
+
+    @field_validator("api_base")
+    @classmethod
+    def _is_an_address(cls, api_base: str) -> str:
+        for address in api_base.split(","):
+            try:
+                parts = urllib.parse.urlsplit(address)
+                (parts.hostname or "").encode("idna")
+                possible = parts.hostname and re.search(r"\w", parts.hostname) and parts.port != 0
+            except ValueError as error:
+                raise ValueError(f"is no address ({error})") from error
+            if not possible:
+                raise ValueError("is no address: its host or port is not possible")
+            if parts.username is not None:
+                raise ValueError("must not hold a name or key; set AUGCON_API_KEY")
+        return api_base
+
+    @field_validator("serve_arguments")
+    @classmethod
+    def _can_be_split(cls, arguments: str) -> str:
+        shlex.split(arguments)
+        return arguments
+
+    @field_validator(*_PATHS)
+    @classmethod
+    def _has_a_home(cls, names: str) -> str:
+        for name in map(str.strip, names.split(",")):
+            try:
+                _ = name.startswith("~") and Path(name).expanduser()
+            except RuntimeError as error:
+                raise ValueError(f"there is no user {name.partition('/')[0]}") from error
+        return names
+
     @field_validator("extra_body")
     @classmethod
     def _is_an_object(cls, extra_body: str) -> str:
@@ -360,7 +401,10 @@ def _format_problem(problem: Any) -> str:
     if not problem["loc"]:
         return message
     name = "--" + str(problem["loc"][0]).replace("_", "-")
-    return f"{name}: {message[0].lower()}{message[1:]}, not {problem['input']!r}"
+    said = f"{name}: {message[0].lower()}{message[1:]}"
+    if name == "--api-key":
+        return said
+    return f"{said}, not {re.sub('//[^/,]*@', '//…@', str(problem['input']))!r}"
 
 
 def as_markdown() -> str:

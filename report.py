@@ -53,7 +53,7 @@ def facts_of(results: Results) -> Facts:
         folder=str(results.folder),
         run=digest(made_with),
         stages=stages,
-        figures=read_json(figures, dict[str, Any], "the steps") if figures.exists() else {},
+        figures=read_json(figures, dict[str, dict[str, Any]], "bash augcon.sh") if figures.exists() else {},
         search=read_json(search, dict[str, Any], STEP_3) if search.exists() else {},
         short_roots=list(read_lines(short, dict[str, Any], STEP_1)) if short.exists() else [],
         skipped=list(read_lines(results.skipped, Skipped, STEP_1)) if results.skipped.exists() else [],

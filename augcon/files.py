@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -163,8 +163,10 @@ def _entries(file: IO[str]) -> Iterator[tuple[str, Any]]:
 
 def read_lines(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
     """The rows of a JSON Lines file as ``shape``; raises as ``read_json``."""
-    with _reading(path, made_by), path.open("rb") as lines:
-        yield from map(TypeAdapter(shape).validate_json, lines)
+    read, number = TypeAdapter(shape).validate_json, 0
+    with _reading(path, made_by, lambda: f", line {number}" if number else ""), path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):  # noqa: B007 - where it ended, for the error
+            yield read(line)
 
 
 def read_dataset(path: Path, shape: type[Shape], made_by: str) -> list[Shape]:
@@ -183,13 +185,14 @@ def each_row(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, made_by: str) -> Iterator[None]:
+def _reading(path: Path, made_by: str, where: Callable[[], str] = str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the datasets library raises many kinds
         if not path.exists():
             raise UserError(f"there is no {path}; run {made_by} first") from error
-        raise UserError(f"cannot read {path} ({one_line(error)}); remove it and run {made_by} again") from error
+        advice = f"remove it and run {made_by} again"
+        raise UserError(f"cannot read {path}{where()} ({one_line(error)}); {advice}") from error
 
 
 def digest(*parts: object) -> str:

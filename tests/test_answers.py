@@ -166,7 +166,7 @@ def test_examples_are_read_whatever_the_editor_left(tmp_path: Path):
     ("content", "parts"),
     [
         (b"", ["empty file"]),
-        (b"\n\n", ["no field 'context'"]),
+        (b"\n\n", ["no rows"]),
         (f"{row()}\n{{".encode(), ["row 2", "not JSON"]),
         (f"{row()}\n\n{row()}".encode("gb18030"), ["row 1", "UTF-8"]),
         (b"[1]", ["row 1", "context, question, answer"]),

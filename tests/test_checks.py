@@ -33,6 +33,8 @@ def fault(reply: str, question: str = QUESTION, context: str = CONTEXT, shown=()
         (" \n", "empty"),
         ("答案：", "empty"),
         ("……", "empty"),
+        ("Answer: Answer:", "empty"),
+        ("**问题：**\n\n**回答：**", "empty"),
         ("<think>还在想", "thinking not ended"),
         ("用冷水洗。<|im_end|>", "control mark"),
         ("用冷水洗。[/INST]", "control mark"),

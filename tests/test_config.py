@@ -151,6 +151,32 @@ def test_no_error_shows_the_key(refused, flags):
     assert "sk-secret" not in refused(*flags, AUGCON_API_KEY="sk-secret")
 
 
+@pytest.mark.parametrize("key", ["", " ", "sk-secret\nx", "sk-secret x", "sk-secret\x7f", "sk-secret密"])
+def test_a_key_that_no_header_takes_is_refused_and_not_shown(refused, key):
+    message = refused(AUGCON_API_KEY=key)
+    assert message.startswith("--api-key: ") and "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["//h:99999/v1", "//h:abc/v1", "//h:0", "//[::1/v1", "//me:sk-secret@h/v1", "//a..b/v1", "//-/v1", f"//{'h' * 99}"],
+)
+def test_an_address_where_no_server_can_be_is_refused(refused, address):
+    message = refused("--api-base", f"http://localhost/v1,http:{address}")
+    assert message.startswith("--api-base: ") and "secret" not in message
+
+
+def test_an_address_may_have_a_port_or_be_of_ipv6(load):
+    for address in ("http://127.0.0.1:8000/v1", "https://[::1]:80/v1", "http://model_server", "https://模型.cn/v1"):
+        assert load("--api-base", address).api_base == address
+
+
+def test_an_unclosed_quote_and_an_unknown_user_are_said(refused):
+    assert "quot" in refused("--serve-arguments", "--name 'x")
+    for flag in ("--qa-examples", "--corpus", "--results", "--output", "--data"):
+        assert "~nouser" in refused(flag, "~nouser/x")
+
+
 # What is shown
 
 

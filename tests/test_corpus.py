@@ -265,7 +265,29 @@ def test_json_lines_are_read_whatever_some_lines_are(read):
     rows = read("corpus.jsonl", b"\n".join(lines))
     roots, skipped = contexts_of(*rows)
     assert [root.text for root in roots] == ["first", "lone  surrogate", "末行\n里"]
-    assert skipped == {"broken line": 3, "line without fields": 2, "no text in the field": 2, "not a text": 1}
+    without = {"line without fields": 2, "no text in the field": 2, "not a text": 1}
+    assert skipped == {"broken line": 2, "not in UTF-8": 1, **without}
+
+
+def test_json_lines_may_end_in_cr_alone(read):
+    assert read("corpus.jsonl", b'{"article": "A."}\r{"article": "B."}\r') == ["A.", "B."]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        *(
+            ('{"article": "甲。"}\n{"article": "乙。"}\n'.encode(of), "not in UTF-8")
+            for of in ("gbk", "utf-16", "utf-16-le")
+        ),
+        (b" \n\n", "no rows"),
+        (b"{a\n{b\n[1]\n", "broken line"),
+        (b"[1]\n[2]\n", "line without fields"),
+    ],
+)
+def test_why_no_line_of_json_lines_can_be_read_is_said(read, content, reason):
+    with pytest.raises(UserError, match=reason):
+        read("corpus.jsonl", content)
 
 
 def test_json_is_read(read):

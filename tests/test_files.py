@@ -120,3 +120,34 @@ def test_a_file_without_a_root_context_is_an_empty_object(tmp_path: Path):
         pass
     assert json.loads(results.filtered_queries.read_text()) == {}
     assert dict(results.each_root(results.filtered_queries)) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("queries.json", "[]", "step1_gen_q.py"),
+        ("queries.json", '{"0": [["a"]]}', "step1_gen_q.py"),
+        ("nodes.jsonl", '{"id": "0:1:", "context": "a", "query": "b"}\n[]\n', "line 2.*step1_gen_q.py"),
+        ("nodes.jsonl", '{"id": "x", "context": "a", "query": "b"}\n', "line 1.*step1_gen_q.py"),
+        ("contexts.jsonl", "{}\n", "line 1.*step1_gen_q.py"),
+        ("figures.json", '{"step 1": 5}', "bash augcon.sh"),
+        ("run.json", '{"step 1": 5}', "bash augcon.sh"),
+    ],
+)
+def test_a_result_of_another_shape_is_one_line_with_its_place_and_what_makes_it(
+    tmp_path: Path, name: str, content: str, said: str
+):
+    results = Results(tmp_path)
+    results.queries.write_text('{"0": [["a", "b"]], "1": [["a", "b"]]}')
+    results.contexts.write_text("")
+    (tmp_path / name).write_text(content)
+
+    def read_all() -> None:
+        list(results.each_root(results.queries))
+        results.read_contexts()
+        results.record.stages()
+        results.keep_figures("step 1", same=True)
+
+    with pytest.raises(UserError, match=rf"{name}.*{said}") as caught:
+        read_all()
+    assert "\n" not in str(caught.value)

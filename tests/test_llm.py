@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 import socket
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Coroutine, Iterator
@@ -22,8 +23,10 @@ from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError
 from augcon.llm import client as llm_module
 from augcon.llm.client import LLM, STRIKES, Endpoint
+from augcon.llm.servers import LARGEST
 from augcon.llm.store import Store
 from augcon.ordered import map_in_order
+from augcon.text.units import clean
 from tests.scripted_server import (
     Behaviour,
     ScriptedServer,
@@ -156,6 +159,14 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "no choices": (answers('{"choices": []}'), "bad reply"),
     "null choices": (answers('{"choices": null}'), "bad reply"),
     "an error with status 200": (answers('{"error": {"message": "busy"}}'), "bad reply"),
+    "too long a body": (answers(json.dumps(reply_body("x" * LARGEST))), "bad reply"),
+    "nested deep": (answers('{"choices": ' + "[" * 200_000), "bad reply"),
+    "a list for the end": (answers(json.dumps(reply_body("x", []))), "bad reply"),  # type: ignore[arg-type]
+    **{
+        f"usage {usage}": (answers(json.dumps({**reply_body("x"), "usage": usage})), "bad reply")
+        for usage in (["x"], "x", {"prompt_tokens": "7"}, {"completion_tokens": [7]}, {"prompt_tokens": -7.5})
+    },
+    "usage infinite": (answers(json.dumps(reply_body("x")).replace(": 7", ": 1e999")), "bad reply"),
     "a number for content": (answers(json.dumps(reply_body(5))), "bad reply"),  # type: ignore[arg-type]
 }
 
@@ -616,6 +627,8 @@ def test_the_model_is_found_or_those_on_offer_are_listed(store: Store):
         answers('{"data": null}'),
         answers('{"data": []}'),
         answers('{"data": [{}, null, "x"]}'),
+        answers('{"data": [{"id": 5}, {"id": ["x"]}]}'),
+        answers('{"data": ' + "[" * 200_000),
         answers('{"data": "x"}'),
     ],
 )
@@ -629,6 +642,17 @@ def test_a_server_that_lists_no_models_is_used_all_the_same(store: Store, listin
     play(main())
 
 
+def test_a_name_of_a_model_that_is_no_text_is_cleaned(store: Store):
+    listing = answers(json.dumps({"data": [{"id": "mo\ud83ddel\n", "max_model_len": "long"}]}))
+
+    async def main() -> None:
+        async with ScriptedServer(echo, models=listing) as server, LLM(Endpoint(server.url), store) as llm:
+            assert await llm.connect("mine") == "model\n"
+            await llm.ask(request("x"))
+
+    play(main())
+
+
 def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_connecting(store: Store):
     unknown = always(refuses(404, "The model `mine` does not exist"))
 
@@ -637,6 +661,25 @@ def test_a_server_that_lists_no_models_and_has_none_of_that_name_is_told_on_conn
         async with nameless as server, LLM(Endpoint(server.url), store) as llm:
             with pytest.raises(UserError, match=r"'mine'.*--api-model"):
                 await llm.connect("mine")
+
+    play(main())
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_what_answers_with_a_page_to_everything_is_no_outage(store: Store, known: bool):
+    page = answers("<html>Sign in</html>", content_type="text/html")
+
+    async def main() -> None:
+        async with ScriptedServer(always(page), models=page, greets=known) as server:
+            async with LLM(Endpoint(server.url), store) as llm:
+                if known:
+                    await llm.connect("model")
+            async with LLM(Endpoint(server.url), store) as llm:
+                error = await outcome(llm.connect("model"))
+                if known:
+                    error = await outcome(llm.ask(request("x")))
+                assert isinstance(error, UserError) and "\n" not in str(error)
+                assert "Sign in" in str(error) and "--api-base" in str(error)
 
     play(main())
 
@@ -724,28 +767,34 @@ def test_servers_of_which_one_has_another_model_are_refused(store: Store):
 
 def test_a_second_run_makes_no_calls_and_gets_the_same_replies(store: Store):
     async def main() -> None:
-        texts = {"plain": "黄河\n之水", "null": None, "empty": "", "NUL": "a\0b", "long": "x" * 2_000_000}
+        texts = {"plain": "黄河\n之水", "null": None, "empty": "", "NUL": "a\0b", "long": "x" * 1_500_000}
         script = lambda body, before: says(texts[prompt_of(body)], "length" if prompt_of(body) == "long" else "stop")  # noqa: E731
         async with ScriptedServer(script) as server:
             async with connected(server, store) as llm:
                 first = [await llm.ask(request(name)) for name in texts]
             async with connected(server, store) as llm:
                 second = [await llm.ask(request(name)) for name in texts]
-            assert first == second == [Reply(text or "", name != "long") for name, text in texts.items()]
+            assert first == second == [Reply(clean(text or ""), name != "long") for name, text in texts.items()]
             assert len(server.bodies) == llm.counts["replayed"] == len(texts) and llm.counts["calls"] == 0
 
     play(main())
 
 
-def test_a_reply_with_lone_surrogates_is_kept_as_it_came(store: Store):
+def test_what_a_model_wrote_is_clean_text_also_where_an_earlier_version_kept_it(store: Store):
     async def main() -> None:
-        body = json.dumps(reply_body("half a \ud83d smile"))
+        body = json.dumps(reply_body("half a \ud83d smile\r\n\x00"))
         async with ScriptedServer(always(answers(body))) as server:
             async with connected(server, store) as llm:
                 first = await llm.ask(request("x"))
+                connection = sqlite3.connect(store._path)
+                (kept,) = (row[0] for row in connection.execute("SELECT reply FROM replies") if "smile" in row[0])
+                raw = (kept.replace("smile", "smile\\udc00"), kept)
+                connection.execute("UPDATE replies SET reply = ? WHERE reply = ?", raw)
+                connection.commit()
+                connection.close()
             async with connected(server, store) as llm:
                 assert await llm.ask(request("x")) == first
-        assert first.text == "half a \ud83d smile"
+        assert first.text == "half a  smile\n"
 
     play(main())
 

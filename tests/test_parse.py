@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import time
 import unicodedata
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from augcon.data import Grades, Split
+from augcon.data import Grades, Query, Split
+from augcon.text.checks import parse_answer
 from augcon.text.parse import (
     Unparseable,
     bare_answer,
+    parse_focus,
     parse_grade,
     parse_grades,
     parse_question,
@@ -87,6 +90,7 @@ USELESS = {
     "问题：": "no halves",
     "问题：\n片段1：\n片段2：": "question too short",
     "问题：为什么？\n片段1：甲\n片段2：乙": "question too short",
+    f"问题：{'长' * 999}吗？\n片段1：甲\n片段2：乙": "question too long",
     "问题：** **\n片段1：甲\n片段2：乙": "question too short",
     "问题：（一个问句）\n片段1：（前一个片段）\n片段2：（后一个片段）": "no question, only its place",
     "问题：（一个完整的问句）\n片段1：甲\n片段2：乙": "no question, only its place",
@@ -258,6 +262,34 @@ def test_what_a_model_repeats_without_end_does_not_hang(repeated):
         for parse in (parse_grade, parse_grades, parse_verdict):
             with contextlib.suppress(Unparseable):
                 parse(judged, ZH)
+
+
+READERS = {  # with a reply that has a long run in many places
+    parse_split: f"R问题R：R{Q}\n片段1：R甲R\nR甲\n片段2：---R甲\nR乙R甲\nR---R",
+    parse_question: f"R\n问题：\nR\n{Q}R？\nR",
+    parse_focus: f"问题：{Q}R\n分开处R：R3R",
+    parse_grade: "R评分R：R8R/R10R。",
+    parse_grades: "相关性R：R4R/R5R，R准确性：5R满意度R3R",
+    parse_verdict: "结论R：R一更好R。R",
+    lambda reply, prompts: bare_answer(reply, Q, prompts): f"问题：{Q}R\nR**答案R：R甲R**\nR",
+    lambda reply, prompts: parse_answer(reply, Query("", 0, A, Q), prompts): "R答案R：R甲R\nR乙R",
+}
+NASTY = [*" \n\t\u3000*-`#>[【（“：:9/，", "1. ", "\n---", "问题：", "片段2：\n", "\nAnswer:", "<think>", "</think>"]
+NASTY += ["<|", "\u0301\u0327"]
+
+
+@pytest.mark.parametrize("piece", NASTY)
+def test_the_time_to_read_a_reply_is_linear_in_its_length(piece: str):
+    def seconds(read, form: str, size: int) -> float:
+        reply = form.replace("R", (piece * size)[: size // form.count("R")])
+        began = time.process_time()
+        with contextlib.suppress(Unparseable):
+            read(reply, ZH)
+        return time.process_time() - began
+
+    for read, form in READERS.items():
+        for each in (form, "R甲R", f"<think>R</think>R{form}"):
+            assert seconds(read, each, 300_000) < 40 * seconds(read, each, 20_000) + 0.5, each
 
 
 # Answers

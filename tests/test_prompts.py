@@ -20,7 +20,8 @@ from augcon.text.units import language, length, words
 BOTH = [load_prompts("zh"), load_prompts("en")]
 both = pytest.mark.parametrize("prompts", BOTH, ids=["zh", "en"])
 MARKS = ["<|im_end|>", "<|im_start|>system", "[INST]", "[/INST]", "</s>", "<s>", "<think>", "</think>"]
-MARKS += ["<start_of_turn>", "<｜User｜>", "<bos>", "<tool_call>"]
+MARKS += ["<start_of_turn>", "<｜User｜>", "<bos>", "<tool_call>", "<tool_response>", "<<SYS>>", "<</SYS>>", "[gMASK]"]
+MARKS += ["<sop>", "<eop>", "<|endoftext|>", "[/TOOL_RESULTS]"]
 VERBATIM = (
     "{context} {0} %s $x {{\n\n\n---\n问题：假的\n片段1：假的\nQuestion: fake\nPart 2: fake\nObey! <b>x</b> [1] \\n"
 )
@@ -155,6 +156,16 @@ def test_template_marks_are_disarmed_wherever_text_comes_in(mark):
         prompts.grade_messages(foul, foul, foul, foul),
     ):
         assert mark not in as_text(messages)
+
+
+@both
+def test_a_context_adds_no_example_to_a_prompt(prompts: Prompts):
+    example = as_text([*prompts.cst_messages("真的")][-1:]) + prompts.cst_reply("假的吗？", ("甲", "乙"))
+    for messages in (prompts.cst_messages, prompts.question_messages, lambda of: prompts.answer_messages([], of, "问")):
+        plain, with_example = (as_text(messages(context)) for context in ("文", f"文\n\n{example}"))
+        for label in (prompts.labels.context, prompts.labels.question):
+            block = f"\n\n{prompts.line(label, '').rstrip()}"
+            assert plain.count(block) == with_example.count(block)
 
 
 @given(st.text() | st.lists(st.sampled_from([*MARKS, "<", "[", "|", "字"])).map("".join))

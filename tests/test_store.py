@@ -122,6 +122,7 @@ def test_what_is_no_store_is_one_line_for_the_user(path: Path, spoil: str):
     with pytest.raises(UserError) as caught:
         use()
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert ("damaged" in str(caught.value)) == (spoil == "no database")
     if spoil == "no database":
         assert path.read_bytes().startswith(b"these are notes")
 
@@ -132,8 +133,24 @@ def test_a_damaged_store_is_one_line_on_reading_too(path: Path):
     content = bytearray(path.read_bytes())
     content[4096:] = b"\xff" * (len(content) - 4096)
     path.write_bytes(content)
-    with Store(path) as store, pytest.raises(UserError, match="cannot be used"):
+    with Store(path) as store, pytest.raises(UserError, match=r"cannot be used.*damaged.*delete it"):
         store.get(key(1))
+
+
+@pytest.mark.parametrize("kept", [10, 100, 5_000, 200_000])
+def test_a_torn_store_is_called_damaged(path: Path, kept: int):
+    with Store(path) as store:
+        for number in range(300):
+            store.put(key(number), "x" * 1000)
+    path.write_bytes(path.read_bytes()[:kept])
+
+    def use() -> None:
+        with Store(path) as store:
+            for number in range(300):
+                store.get(key(number))
+
+    with pytest.raises(UserError, match="damaged"):
+        use()
 
 
 def test_a_read_only_folder_is_one_line_and_harms_no_earlier_reply(tmp_path: Path):

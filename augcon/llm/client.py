@@ -24,9 +24,11 @@ from augcon.llm.servers import Server, Servers, connections
 from augcon.llm.store import Store
 from augcon.progress import say
 from augcon.text.prompts import as_text
+from augcon.text.units import clean
 
 Result = TypeVar("Result")
 STRIKES = 6  # failures after which a request is given up, if others succeed in between
+_HOPELESS = 3  # bad replies to a request after which a server that never gave a good one is taken for something else
 PATIENCE = 8  # seconds to wait for a server that has just been started
 _CUT_OFF = {"length", "max_tokens", "abort", "error", "content_filter"}  # finish reasons, of vLLM and others
 _MANY = 20  # refused requests, or asks, from which on it matters whether most are refused or their replies no use
@@ -246,7 +248,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         if stored := self._store.get(key):
             self.counts["replayed"] += 1
             self._accepted.add(self._kind(body))
-            return Reply(**json.loads(stored))
+            reply = Reply(**json.loads(stored))
+            return dataclasses.replace(reply, text=clean(reply.text))  # earlier versions kept it as it came
         self._pending[key] = asyncio.create_task(self._ask_and_store(request, body, key))
         try:
             return await self._pending[key]
@@ -298,16 +301,23 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             text = (choice["text"] if self.endpoint.completions else choice["message"].get("content")) or ""
             if not isinstance(text, str):
                 raise TypeError
-            prompt, written = usage.get("prompt_tokens") or 0, usage.get("completion_tokens") or 0
-            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
-            reply = Reply(text, choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
+            prompt, written = _tokens(usage, "prompt_tokens"), _tokens(usage, "completion_tokens")
+            cached = _tokens(usage.get("prompt_tokens_details") or {}, "cached_tokens")
+            reply = Reply(clean(text), choice["finish_reason"] not in _CUT_OFF, prompt, cached, written)
+        self.counts.update({"prompt tokens": prompt, "cached tokens": cached, "reply tokens": written})
         self._accepted.add(self._kind(body))
         server.answered(now() - started, len(text), self.servers.wanted)
         return reply
 
     async def _probe(self, server: Server) -> None:
         await self._post(server, self._body(_PROBE))
+
+
+def _tokens(usage: dict[str, Any], name: str) -> int:
+    number = usage.get(name) or 0
+    if not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+        raise TypeError
+    return int(number)
 
 
 def _digest(asked: list[Any]) -> bytes:
@@ -320,7 +330,7 @@ def _protocol(answer: str) -> Iterator[None]:
     """Raises BadReply where an answer cannot be read."""
     try:
         yield
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
 
 
@@ -333,6 +343,7 @@ class _Attempts:
     root: int | None = None
     probe: bool = False  # whether to send a harmless request first, to tell a bad request from a bad server
     strikes: int = 0
+    bad_replies: int = 0
     successes: float = math.inf  # of all requests, when this one last failed
     server: Server | None = None  # of the last attempt
     began: float = 0.0  # when that was
@@ -372,6 +383,14 @@ class _Attempts:
             raise final from error
         kind = failures.kind(error)
         llm.counts[f"retries: {kind}"] += 1
+        if kind == "bad reply" and not server.replied:  # a page of something else, rather than an outage
+            self.bad_replies += 1
+            if self.bad_replies < _HOPELESS:
+                return True
+            raise UserError(
+                f"the server at {server.api_base} has given no good reply ({failures.describe(error)}); is it an LLM "
+                "server? Correct --api-base, which often ends in /v1"
+            ) from error
         if isinstance(error, openai.RateLimitError):
             server.limit.refused(server.under_way)
             return failures.retry_after(error, llm.endpoint.server_wait) or True
@@ -409,6 +428,7 @@ class _Trial(_Attempts):
             with _protocol(answer):
                 shown = dialect.look(answer)
             self.server.alive()
+            self.server.replied = True
             return shown
 
     def _decide(self, error: Exception) -> bool | float:

@@ -12,7 +12,7 @@ from augcon.errors import UserError, one_line
 
 
 class BadReply(Exception):
-    """A reply with status 200 that does not follow the protocol, such as a proxy's error page."""
+    """A reply with status 200 that does not follow the protocol, such as a proxy's error page, or has no end."""
 
 
 NO_ANSWER = (openai.APIConnectionError, aiohttp.ClientError, TimeoutError)
@@ -84,7 +84,7 @@ def kind(error: Exception) -> str:
     """The name under which a failure is counted: "status 503", "timeout", "connection lost" or "bad reply"."""
     if isinstance(error, openai.APIStatusError):
         return f"status {error.status_code}"
-    if isinstance(error, BadReply):
+    if isinstance(error, BadReply) or isinstance(error.__cause__, BadReply):
         return "bad reply"
     # The aiohttp transport calls a refused or lost connection a ConnectTimeout.
     timeout = isinstance(error, (TimeoutError, openai.APITimeoutError))

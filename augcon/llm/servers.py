@@ -11,6 +11,7 @@ import resource
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import httpx2
 import openai
 import stamina
 from pydantic import SecretStr
@@ -19,6 +20,7 @@ from augcon.errors import UserError
 from augcon.llm import failures
 from augcon.llm.limit import Limit, figures, now
 from augcon.progress import say
+from augcon.text.units import clean
 
 READING = 0.5  # seconds between two readings of a server's figures
 PROBING = 1.0  # seconds between two probes of a server that does not answer
@@ -26,6 +28,7 @@ _SILENCE = 20.0  # seconds without a reply from any server, and several times as
 _IN_A_ROW = 8  # failures without a reply in between from which a server is taken to be out of order
 _OTHER_FILES = 200  # that a process may have open besides its connections
 _EXPERIENCE = 100  # replies from which on it is known how long one may take
+LARGEST = 4_000_000  # bytes of a response; no reply that was asked for is longer
 
 _Waiting = tuple[bool, int, int, asyncio.Future["Server"]]  # first tries last; root context; number
 
@@ -42,6 +45,29 @@ def clock(moment: float) -> str:
     return time.strftime("%H:%M:%S", time.localtime(time.time() + moment - now()))
 
 
+class _Bounded(httpx2.AsyncByteStream):
+    """The body of a response. Raises BadReply where it goes on and on, which would take all memory."""
+
+    def __init__(self, body: httpx2.AsyncByteStream) -> None:
+        self._body = body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._body:
+            size += len(part)
+            if size > LARGEST:
+                raise failures.BadReply(f"the reply is longer than {LARGEST:,} bytes")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._body.aclose()
+
+
+async def _bound(response: httpx2.Response) -> None:
+    assert isinstance(response.stream, httpx2.AsyncByteStream)
+    response.stream = _Bounded(response.stream)
+
+
 class Server:
     """One address, with its limit and what is known of it. ``up``: requests may be sent to it."""
 
@@ -54,6 +80,7 @@ class Server:
         self.is_vllm = False
         self.window = math.inf  # tokens of a prompt and its reply, where the server tells
         self.up = True
+        self.replied = False  # whether it has given a reply that could be read
         self.under_way = self.most_under_way = self.successes = 0
         self.failures = 0  # since the last success
         self.failing_since: float | None = None
@@ -62,12 +89,17 @@ class Server:
         self.longest = 0.0  # seconds of a reply
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + 2)
         loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", api_base, re.IGNORECASE)
+        transport = openai.DefaultAioHttpClient(
+            limits=limits,
+            trust_env=not loopback,  # no proxy to loopback
+            event_hooks={"response": [_bound]},
+        )
         self.client = openai.AsyncOpenAI(
             base_url=api_base,
             api_key=api_key.get_secret_value(),
             max_retries=0,
             timeout=timeout,
-            http_client=openai.DefaultAioHttpClient(limits=limits, trust_env=not loopback),  # no proxy to loopback
+            http_client=transport,
         )
 
     async def find_models(self, patience: float) -> Exception | None:
@@ -77,18 +109,19 @@ class Server:
                 with attempt:
                     async with asyncio.timeout(min(60, self.limit.timeout)):
                         models = [model async for model in self.client.models.list()]
-            self.served = {model.id: str(getattr(model, "root", None) or "") for model in models}
+            self.served = {clean(model.id): clean(str(getattr(model, "root", None) or "")) for model in models}
             self.is_vllm = any(getattr(model, "owned_by", "") == "vllm" for model in models)
-            self.window = min(getattr(model, "max_model_len", None) or math.inf for model in models)
+            self.window = min(float(getattr(model, "max_model_len", None) or math.inf) for model in models)
         except failures.NO_ANSWER as error:
             return error
-        except (openai.APIError, TypeError, AttributeError, ValueError):
+        except (openai.APIError, TypeError, AttributeError, ValueError, RecursionError):
             pass  # some gateways do not list their models
         return None
 
     def answered(self, seconds: float, size: int, wanted: bool) -> None:
         """Takes a reply of ``size`` characters into account."""
         self.alive()
+        self.replied = True
         self.longest = max(self.longest, seconds)
         self.limit.answered(seconds, size, self.under_way, wanted)
 

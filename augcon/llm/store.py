@@ -50,7 +50,10 @@ class Store:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(
-                f"the reply store {self._path} cannot be used ({one_line(error)}); "
-                "check the free space and the permissions on its disk, then run the same command again"
-            ) from error
+            damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+            advice = (
+                "the file is damaged; restore a copy, or delete it, and its replies will be asked for again"
+                if damaged
+                else "check the free space and the permissions on its disk, then run the same command again"
+            )
+            raise UserError(f"the reply store {self._path} cannot be used ({one_line(error)}); {advice}") from error

@@ -55,7 +55,9 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
     made_with = {name: of for step in CHAIN if step in stages for name, of in stages[step].made_with.items()}
     served = [stages[step].made_with.get("model served") for step in ("step 1", "step 3") if step in stages]
     changed = [f"{name}={of}" for name, of in made_with.items() if of != defaults.get(name, of) and "model" not in name]
-    figures = read_json(results.figures, dict[str, Any], "the steps") if results.figures.exists() else {}
+    figures = (
+        read_json(results.figures, dict[str, dict[str, Any]], "bash augcon.sh") if results.figures.exists() else {}
+    )
     step_1, step_2, step_3 = (figures.get(f"step {number}", {}) for number in (1, 2, 3))
     fates, dropped = Counter(step_2.get("fates", {})), Counter(step_3.get("dropped", {}))
     table = {

@@ -39,7 +39,7 @@ class Record:
         """The entries of all stages that were ever begun."""
         if not self.path.exists() and (self.folder / "settings.json").exists():
             raise UserError(f"{self.folder} is from an earlier version of AugCon; choose another folder with --results")
-        return read_json(self.path, dict[str, Stage], "the steps") if self.path.exists() else {}
+        return read_json(self.path, dict[str, Stage], "bash augcon.sh") if self.path.exists() else {}
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The facts of a stage that came to its end and is not outdated."""

@@ -9,7 +9,9 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
@@ -37,7 +39,7 @@ STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
 class _NodeRow:
     """What is read of a line of ``nodes.jsonl``."""
 
-    id: str
+    id: Annotated[str, Field(pattern="^[0-9]+:")]
     context: str
     query: str | None
 
@@ -110,7 +112,7 @@ class Results:
 
     def keep_figures(self, stage: str, asked: "CallFigures | None" = None, same: bool = False, **figures: Any) -> None:
         """Keeps the figures of a stage; what it ``asked`` in this run, after earlier runs if it is the ``same``."""
-        known = read_json(self.figures, dict[str, Any], "the steps") if self.figures.exists() else {}
+        known = read_json(self.figures, dict[str, dict[str, Any]], "bash augcon.sh") if self.figures.exists() else {}
         runs = known.get(stage, {}).get("asked", []) if same else []
         if asked and (asked.calls or not runs):
             runs = [*runs, dataclasses.asdict(asked)]

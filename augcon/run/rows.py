@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 Shape = TypeVar("Shape")
 JSON_LINES = {".jsonl", ".ndjson"}
+_NOT_UTF_8 = "not in UTF-8"
 BUILDERS = {".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 
@@ -108,20 +110,32 @@ def _values(dataset: "datasets.Dataset", but: Iterable[str]) -> list[str]:
 def _read_json_lines(what: str, fields: Iterable[str], advice: str, path: Path) -> Iterator[Row]:
     """Line by line rather than through ``datasets``, which gives up a whole file for one bad line."""
     seen: dict[str, None] = {}
+    found: Counter[str] = Counter()  # rows by what is wrong with them
     try:
         lines = path.open("rb")
     except OSError as error:
         raise UserError(f"{what} cannot be read: {one_line(error)}") from error
     with lines:
-        for line in filter(bytes.strip, lines):
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError):
-                yield Unreadable("broken line")
-                continue
+        parts = (part for line in lines for part in line.split(b"\r"))  # some files have no other line end
+        for row in map(_read_json_line, filter(bytes.strip, parts)):
             seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
-            yield row if isinstance(row, dict) else Unreadable("line without fields")
+            found[row.reason if isinstance(row, Unreadable) else ""] += 1
+            yield row
+    if not found[""]:
+        ((reason, _),) = found.most_common(1) or [("", 0)]
+        wrong = {"": "has no rows", _NOT_UTF_8: f"is {_NOT_UTF_8}; convert it first, for instance with iconv"}
+        raise UserError(f"{what} {wrong.get(reason) or f'has no row that can be read ({reason})'}")
     _check_fields(what, fields, list(seen), advice)
+
+
+def _read_json_line(line: bytes) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        return Unreadable(_NOT_UTF_8)
+    except (ValueError, RecursionError):
+        return Unreadable(_NOT_UTF_8 if b"\0" in line else "broken line")  # zeros: UTF-16
+    return row if isinstance(row, dict) else Unreadable("line without fields")
 
 
 def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: str) -> None:
@@ -159,7 +173,7 @@ def _open_dataset(what: str, source: str, path: Path, split: str) -> "datasets.D
             opened = datasets.load_dataset(source)
     except Exception as error:  # datasets raises whatever its many back ends raise
         if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{what} is not in UTF-8; convert it first, for instance with iconv") from error
+            raise UserError(f"{what} is {_NOT_UTF_8}; convert it first, for instance with iconv") from error
         problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset on the hub"
         raise UserError(f"{what} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):

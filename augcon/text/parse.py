@@ -13,7 +13,7 @@ from augcon.data import Grades, Split
 from augcon.text.prompts import Prompts, disarm
 from augcon.text.units import clean
 
-SHORTEST_QUESTION = 5  # characters
+SHORTEST_QUESTION, LONGEST_QUESTION = 5, 1000  # characters
 
 # Labels that models put in place of ours, in either language.
 _QUESTION = ("问题", "提问", "问", "Question", "Query", "Q")
@@ -21,6 +21,7 @@ _HALF = "(?:片段|上下文|语境|文本|段落|部分|Context|Part|Passage|Te
 _NUMBER = (r"(?:1|１|一|①|One|A)", r"(?:2|２|二|②|Two|B)")
 _CUT = r"(?:分开处|分割处|切分处|Cut(?: after)?|Split(?: after)?)"
 _ANSWER = ("答案", "回答", "答", "Answer")
+_LONGEST_GRADE = 1000  # characters; Unicode's normal form takes time in the square of the length
 _GRADE = ("评分", "分数", "得分", "打分", "Grade", "Score", "Rating")
 _IS, _OF = r"\s*+(?::|是|为|\bis\b)?+\s*+", r"(?:\s*+/\s*+{}|\s*+分)?+[.。]?+"  # before and after a grade
 
@@ -66,7 +67,8 @@ def bare_answer(reply: str, question: str, prompts: Prompts) -> str:
         visible = visible[label.end() :].strip()
         if visible.count("**") % 2:  # the label stood inside the bold text
             visible = visible.removesuffix("**").rstrip()
-    if not re.search(r"\w", visible):
+    lines = (line.strip(" \t*_#>】]") for line in visible.splitlines())
+    if not re.search(r"\w", visible) or all(line.endswith((":", "：")) for line in lines if line):  # labels alone
         raise Unparseable("empty")
     return visible
 
@@ -103,7 +105,8 @@ def _plain(text: str) -> str:
 
 
 def _whole(pattern: str, reply: str, reason: str) -> re.Match[str]:
-    if found := re.fullmatch(pattern, _plain(without_thinking(reply)), re.IGNORECASE):
+    said = without_thinking(reply).strip()
+    if len(said) <= _LONGEST_GRADE and (found := re.fullmatch(pattern, _plain(said), re.IGNORECASE)):
         return found
     raise Unparseable(reason)
 
@@ -157,6 +160,8 @@ def _question(written: str, prompts: Prompts) -> str:
         question = question[1:-1].strip()
     if len(question) < SHORTEST_QUESTION:
         raise Unparseable("question too short")
+    if len(question) > LONGEST_QUESTION:
+        raise Unparseable("question too long")
     if re.fullmatch(r"[（(\[【<].*[）)\]】>]", question) or not re.search(r"\w", question):
         raise Unparseable("no question, only its place")
     shown = {example.question for example in prompts.cst.examples} | {e.question for e in prompts.focus.examples}
@@ -170,7 +175,7 @@ def _question(written: str, prompts: Prompts) -> str:
 def _half(written: str) -> str:
     """A half without what is not its text: unclosed marks, closing rules, words for "empty"."""
     lines = written.strip().split("\n")
-    while lines and re.fullmatch(r"\s*(?:-{3,}|\*{3,}|={3,}|)\s*", lines[-1]):
+    while lines and re.fullmatch(r"-{3,}|\*{3,}|={3,}|", lines[-1].strip()):
         lines.pop()
     half = "\n".join(lines).rstrip()
     for mark in ("```", "**"):

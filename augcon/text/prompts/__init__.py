@@ -244,7 +244,10 @@ class Prompts(_Section):
     def _context(self, context: str, title: str = "") -> str:
         """A text, below its title unless it holds that itself."""
         above = f"{self.line(self.labels.title, disarm(title))}\n\n" if title and title not in context else ""
-        return f"{above}{self.line(self.labels.context, '').rstrip()}\n{disarm(context)}"
+        # A paragraph that begins as a part of a prompt does would look like the next example to a base model.
+        parts = "|".join(map(re.escape, (self.labels.title, self.labels.context, self.labels.question)))
+        one = re.sub(rf"(?<=\n\n)(?=(?:{parts})[:：])", " ", disarm(context))
+        return f"{above}{self.line(self.labels.context, '').rstrip()}\n{one}"
 
     def _lines(self, *parts: tuple[str, str]) -> str:
         return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
@@ -277,8 +280,9 @@ def as_text(messages: list[Message]) -> str:
 # Servers take such marks in a message for the real ones: a text could end its own turn and speak as the system, or open
 # a thinking block. A space inside makes them plain text.
 _TEMPLATE_MARK = re.compile(
-    r"<(?=[|｜]|<SYS>>|/?(?:s|bos|eos|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call)>)"
-    r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|AVAILABLE_TOOLS|SYSTEM_PROMPT)\])"
+    r"<(?=[|｜]|/?(?:s|bos|eos|sop|eop|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call|tool_response)>"
+    r"|</?SYS>>)"
+    r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT|gMASK|sMASK)\])"
 )
 
 
