@@ -173,7 +173,7 @@ def _open_dataset(what: str, source: str, path: Path, split: str) -> "datasets.D
             opened = datasets.load_dataset(source)
     except Exception as error:  # datasets raises whatever its many back ends raise
         if isinstance(error.__cause__, UnicodeDecodeError) or isinstance(error, UnicodeDecodeError):
-            raise UserError(f"{what} is {_NOT_UTF_8}; convert it first, for instance with iconv") from error
+            raise UserError(f"{what} is not in UTF-8; convert it first, for instance with iconv") from error
         problem = "cannot be read" if path.exists() else "is neither a file or folder here nor a dataset on the hub"
         raise UserError(f"{what} {problem}: {one_line(error.__cause__ or error)}") from error
     if isinstance(opened, datasets.Dataset):
