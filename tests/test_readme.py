@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from conftest import ROOT, clean_environment
 
 from augcon.run.results import Results
-from config import Settings, as_markdown
+from config import Settings, as_markdown, load_settings
 
 NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "results", "results-*", "__pycache__", ".*_cache", ".hypothesis")
 READMES = [ROOT / "README.md", ROOT / "README.zh.md"]
@@ -159,3 +160,27 @@ def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
         "--val_dataset",
     }
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
+
+
+SCRIPTS = ("augcon.sh", *(path.name for path in ROOT.glob("*.py") if path.name != "config.py"))
+
+
+def commands_of(document: Path) -> list[str]:
+    """What is to be typed in the ``console`` and ``bash`` blocks of a document."""
+    blocks = re.findall(r"^```(?:console|bash)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.removeprefix("$ ").partition("    #")[0] for line in lines]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_script_takes_the_flags_that_the_documents_give_it(document: Path, monkeypatch: pytest.MonkeyPatch):
+    for command in commands_of(document):
+        if not any(script in command for script in SCRIPTS) or command.startswith(("git ", "sed ")):
+            continue
+        for part in re.split(r" -- |\|", command):
+            words = [word for word in shlex.split(part, comments=True) if word not in ("...", "…")]
+            at = next((place for place, word in enumerate(words) if Path(word).name in SCRIPTS), None)
+            if at is not None and "--help" not in words:
+                assert (ROOT / words[at]).exists(), command
+                monkeypatch.setattr("sys.argv", words[at:])
+                assert load_settings("").model_fields_set or len(words) == at + 1, command

@@ -109,7 +109,7 @@ class Cut:
         if more := len(self.skipped) - _NAMED > 0 and len(self.skipped) - _NAMED:
             print(f"skipped: {more:,} more, all of them in skipped.jsonl")
         if self.left_out:
-            print(f"tidied:  left out lines of {format_counts(Counter(self.left_out))}")
+            print(f"tidied:  lines left out: {format_counts(Counter(self.left_out))}")
 
     def write(self, results: Results) -> None:
         """Writes ``contexts.jsonl``, ``articles.jsonl`` and ``skipped.jsonl``."""

@@ -117,7 +117,7 @@ def origin_columns(results: Results, origins: Sequence[Origin]) -> dict[str, lis
     articles = [by_number.get(-1 if origin.article is None else origin.article) for origin in origins]
     names = ("id", "article", "root", "score", "doubt", "language")
     columns: dict[str, list[Any]] = {name: [getattr(origin, name) for origin in origins] for name in names}
-    columns |= {name: [about and getattr(about, name) for about in articles] for name in ("file", "title")}
+    columns |= {name: [about and getattr(about, name) for about in articles] for name in ("file", "row", "title")}
     taken = {"question", "answer", "context", "system", *columns}
     for field in dict.fromkeys(field for about in articles if about for field in about.fields):
         name = field
