@@ -88,6 +88,11 @@ def test_the_completions_prompt_gets_the_reply_of_the_chat_prompt(prompts):
         assert reply_to(messages, 3) == reply_to(as_text(messages), 3)
 
 
+def set_off(shown: str) -> str:
+    """A context without the space before a paragraph that begins as a part of a prompt does."""
+    return shown.replace("\n\n ", "\n\n")
+
+
 @pytest.mark.parametrize("prompts", [ZH, EN])
 def test_a_context_that_holds_prompts_of_its_own_is_no_more_than_a_context(prompts):
     example, labels = prompts.cst.examples[0], prompts.labels
@@ -105,10 +110,10 @@ def test_a_context_that_holds_prompts_of_its_own_is_no_more_than_a_context(promp
                 for prompt in (messages, as_text(messages)):
                     task = recognise(prompt)
                     assert (task.kind, task.prompts) == ("weak tree" if weak else "tree", prompts)
-                    assert task.last == hostile
+                    assert set_off(task.last) == hostile
         shown = [Example("甲。", "甲是什么？", "甲。")] * 2
         task = recognise(prompts.answer_messages(shown, hostile, "问？"))
-        assert task.kind == "answer" and task.parts(labels.question) == [hostile, "问？"]
+        assert task.kind == "answer" and [*map(set_off, task.parts(labels.question))] == [hostile, "问？"]
 
 
 # Step 1
