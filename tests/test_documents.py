@@ -251,6 +251,13 @@ def test_an_archive_that_unpacks_to_far_too_much_is_skipped(tmp_path: Path, monk
     assert "larger than 1 MiB" in str(corpus.skipped[0])
 
 
+def test_a_folder_whose_name_begins_like_an_address_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("httpd").mkdir()
+    Path("httpd/a.txt").write_text(PROSE[0])
+    assert [article.file for article in read("httpd")[1]] == ["httpd/a.txt"]
+
+
 def test_several_sources_are_read_one_after_the_other_and_a_limit_ends_that(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text("".join(f'{{"article": "{line}", "title": "T"}}\n' for line in PROSE[:3]))
     (tmp_path / "b").mkdir()

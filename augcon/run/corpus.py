@@ -78,8 +78,9 @@ Read = Callable[[], Iterable[_Found]]  # of a place, once its turn has come
 class Corpus:
     """The articles of several sources, in their order; ``skipped`` and ``left_out`` fill while they are read.
 
-    ``alike``: share of their runs of words from which an article is left out as the same as an earlier one; 0: never.
-    ``limit``: the number of articles wanted; 0: all. ``left_out`` counts lines by what they are, such as navigation.
+    ``alike``: share of their runs of words from which an article is left out as the same as an earlier one; 0: only
+    what is the very same. ``limit``: the number of articles wanted; 0: all. ``left_out`` counts lines by what they are,
+    such as navigation.
     """
 
     def __init__(self, sources: Iterable[str], text_field: str, title_field: str, limit: int, alike: float) -> None:
@@ -244,7 +245,7 @@ def _named(file: str, row: int | None) -> str:
 
 def _is_folder(place: Place) -> bool:
     """Whether a place holds others; a page on the web does not, even if it links to some."""
-    return not str(place).startswith("http") and place.is_dir() and not _is_dataset(place)
+    return not str(place).startswith(("http://", "https://")) and place.is_dir() and not _is_dataset(place)
 
 
 def _is_dataset(place: Place) -> bool:
