@@ -25,14 +25,14 @@ JUNK = "As a helpful assistant, I am happy to talk about anything that you like.
 GOOD = "Question: What does the fox see?\nContext 1: The fox sees.\nContext 2: The dog sleeps."
 
 
-async def run(server: ScriptedServer, script: str, *flags: object) -> tuple[int, str, str, float]:
+async def run(server: ScriptedServer, script: str, *flags: object, limit: float = 60) -> tuple[int, str, str, float]:
     """A script asks the server: status, what it prints, and after how many seconds it ends."""
     command = (sys.executable, "-P", ROOT / script, "--api-base", server.url, *map(str, flags))
     pipe, began = asyncio.subprocess.PIPE, time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *command, stdout=pipe, stderr=pipe, env={**clean_environment(), "PYTHONPATH": str(ROOT)}
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), limit)
     return process.returncode or 0, out.decode(), err.decode(), time.monotonic() - began
 
 

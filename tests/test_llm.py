@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import email.utils
 import functools
+import gzip
 import itertools
 import json
 import random
@@ -160,6 +161,10 @@ PASSING: dict[str, tuple[Behaviour, str]] = {
     "null choices": (answers('{"choices": null}'), "bad reply"),
     "an error with status 200": (answers('{"error": {"message": "busy"}}'), "bad reply"),
     "too long a body": (answers(json.dumps(reply_body("x" * LARGEST))), "bad reply"),
+    "a small body that grows": (
+        answers(gzip.compress(bytes(50_000_000)), headers={"Content-Encoding": "gzip"}),
+        "bad reply",
+    ),
     "nested deep": (answers('{"choices": ' + "[" * 200_000), "bad reply"),
     "a list for the end": (answers(json.dumps(reply_body("x", []))), "bad reply"),  # type: ignore[arg-type]
     **{

@@ -20,7 +20,7 @@ from augcon.llm import dialect, failures
 from augcon.llm.dialect import Dialect, Seen
 from augcon.llm.limit import now
 from augcon.llm.pace import Pace
-from augcon.llm.servers import Server, Servers, connections
+from augcon.llm.servers import PROBING, Server, Servers, connections
 from augcon.llm.store import Store
 from augcon.progress import say
 from augcon.text.prompts import as_text
@@ -311,6 +311,17 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
 
     async def _probe(self, server: Server) -> None:
         await self._post(server, self._body(_PROBE))
+        before = server.served.get(self.model)
+        if await server.find_models(PROBING) or not server.served:
+            return
+        root = server.served.get(self.model)
+        if root is None:
+            raise failures.unknown_model(self.model, server.api_base, server.served)
+        if before not in {None, root}:
+            raise UserError(
+                f"the server at {server.api_base} came back with another model, {root!r} in place of {before!r}; no "
+                "reply is lost: run the same command again when the first is back"
+            )
 
 
 def _tokens(usage: dict[str, Any], name: str) -> int:
@@ -344,6 +355,7 @@ class _Attempts:
     probe: bool = False  # whether to send a harmless request first, to tell a bad request from a bad server
     strikes: int = 0
     bad_replies: int = 0
+    hurried: bool = False  # whether it was taken for lost
     successes: float = math.inf  # of all requests, when this one last failed
     server: Server | None = None  # of the last attempt
     began: float = 0.0  # when that was
@@ -358,7 +370,7 @@ class _Attempts:
         return await retrying(self._decide, attempt)
 
     async def _attempt(self) -> Reply:
-        async with self.llm.servers.slot(self.root, again=self.server is not None) as self.server:
+        async with self.llm.servers.slot(self.root, self.server is not None, self.hurried) as self.server:
             self.seen, self.began = self.server.successes, now()
             if self.probe:
                 await self.llm._call(self.server, {**self.body, **self.llm._body(_PROBE)})
@@ -396,9 +408,10 @@ class _Attempts:
             return failures.retry_after(error, llm.endpoint.server_wait) or True
         if kind == "timeout":
             if now() - self.began < 0.9 * llm.endpoint.request_timeout:
+                self.hurried = True
                 return 0.01  # it was in no queue, and is worth another try: see Servers._hurry
             server.limit.timed_out(server.successes - self.seen, server.under_way)
-        server.failed(self.seen)
+        server.failed()
         if not server.up:
             llm.servers.leave_out(server, error)
         successes = llm.servers.successes
@@ -422,7 +435,7 @@ class _Trial(_Attempts):
         return await self._until_done(self._look)
 
     async def _look(self) -> Seen:
-        async with self.llm.servers.slot(None, self.server is not None, self.home) as self.server:
+        async with self.llm.servers.slot(None, self.server is not None, home=self.home) as self.server:
             self.seen, self.began = self.server.successes, now()
             answer = await self.llm._post(self.server, self.body)
             with _protocol(answer):

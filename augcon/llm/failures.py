@@ -9,6 +9,7 @@ import openai
 
 from augcon.data import TOO_LONG, Refused
 from augcon.errors import UserError, one_line
+from augcon.text.units import clean
 
 
 class BadReply(Exception):
@@ -77,7 +78,7 @@ def describe(error: Exception) -> str:
     if isinstance(message, dict):  # of OpenAI's form or FastAPI's
         message = message.get("message") or message.get("detail")
     cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else None
-    return one_line(message or cause or error)
+    return clean(one_line(message or cause or error))
 
 
 def kind(error: Exception) -> str:

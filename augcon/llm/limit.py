@@ -23,6 +23,8 @@ _SHORT, _LONG = 2.0, 3.0
 _FASTEST, _SLOWEST = 4, 0.25  # by how much the limit rises with a reply
 _FEW = 4  # too few in flight to make a queue
 _PATIENCE = 1 / 4  # of the time-out: replies that take longer are no reason to send more
+_STRAY = 1 / 20  # share of requests that some servers refuse with status 429 however few there are
+_LATELY = 200  # replies from which that share is taken
 
 
 def now() -> float:
@@ -55,6 +57,7 @@ class Limit:
         self._quickest: dict[int, float] = {}  # seconds, by the length of the reply in bits
         self._recent: list[tuple[float, float]] = []  # seconds, and those of the quickest of that length
         self._lowered = 0.0  # when, at last
+        self._refused = self._not_refused = 0.0  # lately
         self._not_counted = 0  # replies to requests that were sent before that
 
     def follow(self, figures: Mapping[str, float], under_way: int, wanted: bool) -> None:
@@ -83,6 +86,9 @@ class Limit:
 
     def answered(self, seconds: float, size: int, under_way: int, wanted: bool) -> None:
         """Takes a reply of ``size`` characters into account."""
+        self._not_refused += 1
+        if self._not_refused > _LATELY:
+            self._not_refused, self._refused = self._not_refused / 2, self._refused / 2
         kind = size.bit_length()
         quickest = self._quickest[kind] = min(seconds, self._quickest.get(kind, seconds))
         if self._not_counted:
@@ -106,7 +112,9 @@ class Limit:
 
     def refused(self, under_way: int) -> None:
         """Takes into account that the server has said that it is too much (status 429)."""
-        if now() - self._lowered > 1:  # they come in bursts
+        self._refused += 1
+        too_many = self._refused > 1 + _STRAY * self._not_refused
+        if too_many and now() - self._lowered > 1:  # they come in bursts
             self._lower(0.75 * min(self.value, under_way), under_way)
 
     def timed_out(self, answered: int, under_way: int) -> None:
@@ -120,6 +128,7 @@ class Limit:
 
     def _lower(self, value: float, under_way: int) -> None:
         self._ramp, self._lowered, self._not_counted, self._recent = False, now(), under_way, []
+        self._refused = self._not_refused = 0
         self._set(value)
 
     def _set(self, value: float) -> None:

@@ -9,7 +9,7 @@ import math
 import re
 import resource
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 
 import httpx2
 import openai
@@ -24,10 +24,13 @@ from augcon.text.units import clean
 
 READING = 0.5  # seconds between two readings of a server's figures
 PROBING = 1.0  # seconds between two probes of a server that does not answer
+_PROBED = 30.0  # seconds that a probe is waited for, at least
+_PROBES = 50  # connections besides those of requests
 _SILENCE = 20.0  # seconds without a reply from any server, and several times as long as any took, before that is said
 _IN_A_ROW = 8  # failures without a reply in between from which a server is taken to be out of order
 _OTHER_FILES = 200  # that a process may have open besides its connections
 _EXPERIENCE = 100  # replies from which on it is known how long one may take
+_LOST = 1.5  # times that, after which it is lost
 LARGEST = 4_000_000  # bytes of a response; no reply that was asked for is longer
 
 _Waiting = tuple[bool, int, int, asyncio.Future["Server"]]  # first tries last; root context; number
@@ -64,6 +67,8 @@ class _Bounded(httpx2.AsyncByteStream):
 
 
 async def _bound(response: httpx2.Response) -> None:
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise failures.BadReply("the reply is compressed, so that its length is anyone's guess")
     assert isinstance(response.stream, httpx2.AsyncByteStream)
     response.stream = _Bounded(response.stream)
 
@@ -85,9 +90,9 @@ class Server:
         self.failures = 0  # since the last success
         self.failing_since: float | None = None
         self.waiting: list[_Waiting] = []  # a heap
-        self.first_tries: dict[asyncio.Timeout, float] = {}  # and when they began
+        self.may_be_lost: dict[asyncio.Timeout, float] = {}  # those under way, and when they began
         self.longest = 0.0  # seconds of a reply
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + 2)
+        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(max_connections=most + _PROBES)
         loopback = re.match(r"https?://(127\.|localhost\b|\[::1\])", api_base, re.IGNORECASE)
         transport = openai.DefaultAioHttpClient(
             limits=limits,
@@ -99,6 +104,7 @@ class Server:
             api_key=api_key.get_secret_value(),
             max_retries=0,
             timeout=timeout,
+            default_headers={"Accept-Encoding": "identity"},
             http_client=transport,
         )
 
@@ -130,18 +136,18 @@ class Server:
         self.successes += 1
         self.failures, self.failing_since = 0, None
 
-    def failed(self, seen: int) -> None:
-        """Takes the failure of a request into account that was sent after ``seen`` successes."""
+    def failed(self) -> None:
+        """Takes the failure of a request into account. Once all that are under way fail, it is out of order."""
         self.failures += 1
         self.failing_since = self.failing_since or now()
-        if self.failures >= _IN_A_ROW or self.successes == seen:
+        if self.failures >= min(_IN_A_ROW, self.under_way + 1):
             self.up = False
 
     def overdue(self) -> list[asyncio.Timeout]:
-        """The first tries that take far longer than any reply so far: lost, or as soon to be had again."""
+        """The requests that take far longer than any reply so far: lost, or as soon to be had again."""
         if self.successes < _EXPERIENCE:
             return []
-        return [timeout for timeout, began in self.first_tries.items() if now() - began > 1.5 * self.longest]
+        return [timeout for timeout, began in self.may_be_lost.items() if now() - began > _LOST * self.longest]
 
     async def read_figures(self) -> dict[str, float]:
         """Reads the figures of vLLM; none where there are none."""
@@ -155,7 +161,8 @@ class Server:
 
 
 class Servers:
-    """All servers of a run, which serve the same model. ``probe`` sends one a harmless request and raises its failure.
+    """All servers of a run, which serve the same model. ``probe`` sends one a harmless request and raises its failure,
+    or UserError where it has another model now.
 
     Between ``start`` and ``close``, the limits follow what the servers tell of themselves.
     """
@@ -167,6 +174,7 @@ class Servers:
         self._end: UserError | None = None
         self._readers: list[asyncio.Task[None]] = []
         self._tasks: dict[Server, asyncio.Task[None]] = {}  # that wait for a server
+        self._searches: dict[Server, asyncio.Task[None]] = {}  # for what a silent server has lost
 
     def start(self) -> None:
         """Begins to read the servers' figures."""
@@ -176,7 +184,7 @@ class Servers:
     async def close(self) -> None:
         """Ends what goes on in the background, and the connections."""
         self._end = self._end or UserError("the connections are closed")
-        tasks = [*self._readers, *self._tasks.values()]
+        tasks = [*self._readers, *self._tasks.values(), *self._searches.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -202,21 +210,24 @@ class Servers:
         return 2 * sum(server.limit.value for server in self.all if server.up) or 1
 
     @contextlib.asynccontextmanager
-    async def slot(self, root: int | None, again: bool, home: Server | None = None) -> AsyncIterator[Server]:
+    async def slot(
+        self, root: int | None, again: bool, patient: bool = False, home: Server | None = None
+    ) -> AsyncIterator[Server]:
         """A server to send one request to, in the time for it. It is waited for until one that is up has a slot free.
 
         Earlier root contexts come first, and what is tried ``again`` before all. All requests about one root context
         go to one server, whose prefix cache may have its text, or to ``home``, unless another server has nothing to
-        do. Raises UserError when no server has answered for too long.
+        do. A request that was taken for lost before is waited for as ``patient``ly as may be. Raises UserError when no
+        server has answered for too long.
         """
         server = await self._take(root, again, home)
         try:
             async with asyncio.timeout(server.limit.timeout) as timeout:
-                if not again:
-                    server.first_tries[timeout] = now()
+                if not patient:
+                    server.may_be_lost[timeout] = now()
                 yield server
         finally:
-            server.first_tries.pop(timeout, None)
+            server.may_be_lost.pop(timeout, None)
             self._free(server)
 
     async def _take(self, root: int | None, again: bool, home: Server | None) -> Server:
@@ -266,7 +277,8 @@ class Servers:
     async def _read(self, server: Server) -> None:
         """Reads the figures of a server again and again, if it has any, and lets the limit follow them."""
         while (read := await server.read_figures()) or server.first_figures:
-            server.limit.follow(read, server.under_way - len(server.overdue()), self.wanted)
+            if server.up and server not in self._searches:
+                server.limit.follow(read, server.under_way - len(server.overdue()), self.wanted)
             self.fill()
             await asyncio.sleep(READING)
 
@@ -287,12 +299,28 @@ class Servers:
                 if said and self.successes > heard:
                     say(f"server:  replies come again after {now() - since:.0f} s")
                 heard, since, said = self.successes, now(), False
-            elif not said and now() - since > max(_SILENCE, *(3 * server.longest for server in self.all)):
+                continue
+            silence, longest = now() - since, max(server.longest for server in self.all)
+            if not said and silence > max(_SILENCE, 3 * longest):
                 said, timeout = True, self.all[0].limit.timeout
                 say(
                     f"server:  no reply since {clock(since)}, with {under_way:,} requests under way; each is waited "
                     f"for {timeout:.0f} s (--request-timeout)"
                 )
+            for server in self.all:
+                if silence > _LOST * longest and server.up and server.overdue() and server not in self._searches:
+                    self._searches[server] = asyncio.create_task(self._send_again_what_is_lost(server, self.successes))
+
+    async def _send_again_what_is_lost(self, server: Server, successes: int) -> None:
+        """A server that answers a probe, but nothing else, knows nothing of what is under way: it has been away."""
+        async with contextlib.aclosing(self._probes(server)) as probes:
+            async for there in probes:
+                if there:
+                    for timeout in server.overdue():
+                        timeout.reschedule(now())
+                if there or self.successes > successes:
+                    break
+        del self._searches[server]
 
     # Servers that are not there
 
@@ -307,7 +335,7 @@ class Servers:
         self.fill()
 
     async def _wait_for(self, server: Server, error: Exception) -> None:
-        since, said = server.failing_since or now(), False
+        since, said, successes = server.failing_since or now(), False, server.successes
 
         def tell() -> None:
             nonlocal said
@@ -320,38 +348,61 @@ class Servers:
 
         soon = asyncio.get_running_loop().call_later(PROBING, tell)  # even where the probe hangs
         try:
-            while not await self._is_there(server):
-                out = now() - since
-                if out >= self._wait and not any(each.up for each in self.all):
-                    self._give_up(server, out, error)
-                    return
-                tell()
-                await asyncio.sleep(min(PROBING, max(self._wait - out, 0.1)) if out < self._wait else PROBING)
+            async with contextlib.aclosing(self._probes(server)) as probes:
+                async for there in probes:
+                    out = now() - since
+                    if there or server.successes > successes:  # or a reply came to what was under way
+                        break
+                    if out >= self._wait and not any(each.up for each in self.all):
+                        self._stop(_gone(server, out, error))
+                        return
+                    tell()
             if said:
-                say(f"server:  {server.api_base} answers again after {now() - since:.0f} s")
+                say(f"server:  {server.api_base} answers again after {out:.0f} s")
             server.up = True
         finally:
             soon.cancel()
             del self._tasks[server]
         self.fill()
 
+    async def _probes(self, server: Server) -> AsyncGenerator[bool]:
+        """Tells once a second whether a probe was answered; each is sent whatever becomes of those before."""
+        probes: set[asyncio.Task[bool]] = set()
+        try:
+            while True:
+                probes.add(asyncio.create_task(self._is_there(server)))
+                done, probes = await asyncio.wait(probes, timeout=PROBING, return_when=asyncio.FIRST_COMPLETED)
+                yield any(map(asyncio.Task.result, done))
+                if done:
+                    await asyncio.sleep(PROBING)
+        finally:
+            for probe in probes:
+                probe.cancel()
+
     async def _is_there(self, server: Server) -> bool:
         try:
-            async with asyncio.timeout(server.limit.timeout):
+            async with asyncio.timeout(min(server.limit.timeout, max(_PROBED, 2 * server.longest))):
                 await self._probe(server)
         except failures.FAILURES as error:
             if failures.out_of_order(error):
                 return False
+        except UserError as another_model:
+            self._stop(another_model)
         server.alive()
         return True
 
-    def _give_up(self, server: Server, seconds: float, error: Exception) -> None:
-        self._end = UserError(
-            f"the server at {server.api_base} has not answered for {seconds:.0f} s ({failures.kind(error)}: "
-            f"{failures.describe(error)}); no reply is lost: run the same command again when the server is back"
-        )
+    def _stop(self, error: UserError) -> None:
+        """Ends the run: raises the error for all who wait for a slot, now or later."""
+        self._end = error
         for each in self.all:
             for *_, waits in each.waiting:
                 if not waits.done():
-                    waits.set_exception(self._end)
+                    waits.set_exception(error)
             each.waiting = []
+
+
+def _gone(server: Server, seconds: float, error: Exception) -> UserError:
+    return UserError(
+        f"the server at {server.api_base} has not answered for {seconds:.0f} s ({failures.kind(error)}: "
+        f"{failures.describe(error)}); no reply is lost: run the same command again when the server is back"
+    )
