@@ -69,8 +69,9 @@ def test_a_command_has_a_server_while_it_runs_and_its_status_counts(tmp_path: Pa
     mark.environment["AUGCON_API_MODEL"] = "a name for another server"
     check = f"""
 import os, pathlib, urllib.request
-address = os.environ["AUGCON_API_BASE"]
-assert b"augcon-demo" in urllib.request.urlopen(address + "/models").read() and not os.environ["AUGCON_API_MODEL"]
+address, headers = os.environ["AUGCON_API_BASE"], {{"Authorization": "Bearer " + os.environ["AUGCON_API_KEY"]}}
+models = urllib.request.urlopen(urllib.request.Request(address + "/models", headers=headers)).read()
+assert b"augcon-demo" in models and not os.environ["AUGCON_API_MODEL"]
 pathlib.Path({str(tmp_path / "noted")!r}).write_text(address)
 """
     flags = ["--demo", "--results", tmp_path / "a folder"]
