@@ -15,7 +15,7 @@ class UserError(Exception):
 
 
 def conceal(secret: str) -> None:
-    """From here on, what ``one_line`` makes of others' messages does not hold this text: servers quote what they get."""
+    """From here on, ``one_line`` leaves this text out of the messages of others: a server may quote its key."""
     if len(secret) >= _SECRET:
         _secrets.add(secret)
 

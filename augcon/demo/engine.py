@@ -145,7 +145,7 @@ def main() -> None:
     try:
         web.run_app(app, **where, access_log=None, print=lambda _: print(says, flush=True))
     except (OSError, OverflowError) as error:
-        sys.exit(f"cannot listen there; see --host, --port: {error}")
+        sys.exit(f"error: cannot listen there; see --host, --port: {error}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ _FAULT = re.compile(r"(?:(?!INFO |WARN|[Ww]arning|\[W\d).)*?\b(\w*(?:[Ee]rror|Ex
 _RECORD = re.compile(r"(.* ERROR .*\]) \w+ (?:failed to start|encountered a fatal error)")
 # What vLLM says of a process of its own that the kernel has killed.
 _KILLED = re.compile(r"exit code:? -9\b|proc\(s\): \{[^}]*: -9\b")
-_KILLER = ": killed (signal 9), as by a system that is out of memory"
+_KILLER = ", killed (signal 9), as by a system that is out of memory"
 _without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _PROGRESS = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")  # a message of vLLM, or a progress bar
 

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import marshal
 import os
-import pickle
 import subprocess
 import sys
 import urllib.error
@@ -18,7 +17,7 @@ import psutil
 import pytest
 from conftest import ROOT, clean_environment, free_port, run, says_one_line
 from reports import write_run
-from scripted_server import ScriptedServer, answers, prompt_of, says
+from scripted_server import ScriptedServer, answers, says
 from standins import Mark, fake_gpus, fake_model, fake_vllm, wait_for, with_path
 
 from augcon.machine.guard import Guard
@@ -134,7 +133,7 @@ def test_the_guard_of_vllm_refuses_every_path_without_the_key_but_health_and_met
 @pytest.mark.parametrize("argument", ["--host 0.0.0.0", "--api-key=x", "--api_key x", "--port 1", "--middleware m"])
 def test_arguments_for_vllm_cannot_open_the_server(argument: str, tmp_path: Path, mark: Mark):
     mark.environment |= {"PYTHONPATH": f"{fake_vllm(tmp_path)}:{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
-    command = [*SERVE, "--model", fake_model(tmp_path / "m", 1), "--serve-arguments", argument, "--", "true"]
+    command = [*SERVE, "--model", fake_model(tmp_path / "m", 1), f"--serve-arguments={argument}", "--", "true"]
     done = subprocess.run(list(map(str, command)), env=mark.environment, text=True, capture_output=True, cwd=tmp_path)
     assert says_one_line(done, "--serve-arguments", argument.partition(" ")[0].partition("=")[0])
 
@@ -208,7 +207,7 @@ def test_a_key_is_in_no_message_and_no_file_whatever_the_server_does_with_it(fau
     )
 
     async def play() -> "subprocess.CompletedProcess[str]":
-        async with ScriptedServer(script) as server:
+        async with ScriptedServer(script, greets=fault != "a page") as server:
             flags = ["--api-base", server.url, "--corpus", tmp_path / "a.txt", "--results", tmp_path / "r"]
             flags += ["--server-wait", 1, "--tries", 1] + (["--api-key", KEY] if way == "flag" else [])
             environment = clean_environment() | ({"AUGCON_API_KEY": KEY} if way == "environment" else {})
@@ -236,14 +235,15 @@ def test_a_key_is_in_no_report_export_or_dry_run(tmp_path: Path, monkeypatch: py
 # Files
 
 
-def evil(path: Path) -> bytes:
-    """A pickle that makes a file when it is read."""
+def write_evil(file: Path, ran: Path) -> None:
+    """A file that makes a folder when it is unpickled."""
+    import torch
 
     class Evil:
         def __reduce__(self):
-            return os.mkdir, (str(path),)
+            return os.mkdir, (str(ran),)
 
-    return pickle.dumps(Evil())
+    torch.save(Evil(), file)
 
 
 def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
@@ -254,7 +254,7 @@ def python(code: str, **environment: str) -> "subprocess.CompletedProcess[str]":
 
 def test_no_library_reads_a_checkpoint_that_would_run_code(tmp_path: Path):
     ran, file = tmp_path / "ran", tmp_path / "x_optim_states.pt"
-    file.write_bytes(evil(ran))
+    write_evil(file, ran)
     read = f"torch.load({str(file)!r}, weights_only=False)"  # as DeepSpeed reads its own
     assert python(f"import torch; {read}").returncode == 0 and ran.is_dir()
     ran.rmdir()
@@ -269,6 +269,7 @@ def test_words_are_not_taken_from_a_file_that_others_can_write(tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["jieba.cache"]
 
 
+@pytest.mark.slow
 def test_a_model_of_pickles_alone_and_one_with_code_of_its_own_are_refused_in_one_line(tmp_path: Path):
     from augcon.demo.tiny_model import make_tiny_model
 
@@ -278,7 +279,7 @@ def test_a_model_of_pickles_alone_and_one_with_code_of_its_own_are_refused_in_on
     for name in ("pickles", "code"):
         make_tiny_model(tmp_path / name, ["The bread rises for two hours."] * 100)
     (tmp_path / "pickles" / "model.safetensors").unlink()
-    (tmp_path / "pickles" / "pytorch_model.bin").write_bytes(evil(ran))
+    write_evil(tmp_path / "pickles" / "pytorch_model.bin", ran)
     config = json.loads((tmp_path / "code" / "config.json").read_text())
     config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Own"}}
     (tmp_path / "code" / "config.json").write_text(json.dumps(config))
@@ -300,7 +301,7 @@ def test_names_in_an_archive_and_of_articles_are_no_paths(tmp_path: Path):
     folder, outside = tmp_path / "in" / "here", tmp_path / "outside.txt"
     folder.mkdir(parents=True)
     outside.write_text("A secret of the machine that is in no corpus. " * 5)
-    row = json.dumps({"article": text * 3, "title": "../../../title", "id": "/etc/passwd", "../x": "../../y"}) + "\n"
+    more = {"title": "../../../title", "id": "/etc/passwd", "../x": "../../y"}
     with zipfile.ZipFile(folder / "a.zip", "w") as archive:
         for name in (
             "../../evil.jsonl",
@@ -310,21 +311,23 @@ def test_names_in_an_archive_and_of_articles_are_no_paths(tmp_path: Path):
             "..",
             "good.jsonl",
         ):
-            archive.writestr(name, row if name.endswith("jsonl") else text * 4)
+            row = json.dumps({"article": f"{name} {text * 3}", **more}) + "\n"
+            archive.writestr(name, row if name.endswith("jsonl") else f"{name} {text * 4}")
         link = zipfile.ZipInfo("link.txt")
         link.create_system, link.external_attr = 3, 0o120777 << 16
         archive.writestr(link, str(outside))
     (folder / "model\n../../x.txt".replace("/", "_")).write_text(text * 5)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
 
     async def play() -> "subprocess.CompletedProcess[str]":
         async with ScriptedServer(lambda body, before: says("Question: What rises?"), ("../../served",)) as server:
             flags = ["--api-base", server.url, "--corpus", folder, "--results", tmp_path / "r", "--tries", 1]
+            flags += ["--alike-articles", 0]
             return await asyncio.to_thread(run, "step1_gen_q.py", *flags, "--negatives", 0, timeout=100)
 
     done = asyncio.run(play())
     assert done.returncode == 0, done.stderr
-    new = {path for path in tmp_path.rglob("*")} - before
+    new = set(tmp_path.rglob("*")) - before
     assert new and all(path == tmp_path / "r" or path.parent == tmp_path / "r" for path in new)
     articles = (tmp_path / "r" / "articles.jsonl").read_text()
     assert "good.jsonl" in articles and not holding(tmp_path / "r", "secret of the machine")
