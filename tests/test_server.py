@@ -253,7 +253,7 @@ POINTER = "RuntimeError: Engine core initialization failed. See root cause above
         (CONFIGURED, ": Value error, the model type `m` is not known"),
         (["api_server.py: error: argument --dtype: invalid choice"], ": error: argument --dtype: invalid choice"),
         (["ValueError: no such thing", POINTER], ": ValueError: no such thing"),
-        ([POINTER], f": {POINTER}"),
+        ([POINTER], f": {POINTER} (which is not told; the system may have killed it, out of memory)"),
         (["killed"], ""),
     ],
     ids=["a worker cannot start", "an engine fails", "refused settings", "an argument", "above", "a pointer", "none"],

