@@ -160,7 +160,7 @@ def test_vllm_over_the_gpus_that_may_be_used_and_their_memory_afterwards(tmp_pat
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert f"starting vLLM with {model}: 1 copy on 4 GPUs; 2 GPUs idle" in done.stdout
     given = (tmp_path / "arguments").read_text().splitlines()
-    assert given[:4] == ["serve", str(model), "--host", "127.0.0.1"] and given[-2:] == ["--dtype", "a b"]
+    assert given[:4] == ["serve", str(model), "--host", "127.0.0.1"] and given[-4:-2] == ["--dtype", "a b"]
     options = dict(itertools.pairwise(given))
     assert options["--tensor-parallel-size"] == "4" and options["--data-parallel-size"] == "1"
     assert options["--served-model-name"] == str(model) and options["--gpu-memory-utilization"] == "0.92"

@@ -168,6 +168,16 @@ def companions_digest(folder: Path) -> str:
 # A model in memory
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration of a model. Raises UserError where it is none, or where it needs code of the model's own."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        own = "it brings code of its own, which is not run; choose another"
+        why = own if "trust_remote_code" in str(error) else one_line(error)
+        raise UserError(f"model {str(folder)!r} cannot be loaded: {why}") from error
+
+
 def load_base(kind: Any, model: str, quantize: Quantization = "auto", **arguments: Any) -> Any:
     """A base model on this process's device, in bf16 or, where the device cannot, fp32.
 
