@@ -1,6 +1,7 @@
 """Nobody is let in: keys, what listens, files that run code, names that would be paths, licences."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 import zipfile
@@ -43,6 +45,11 @@ def holding(folder: Path, text: str = KEY) -> list[str]:
     """The files under a folder that hold a text, in their content or name."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     return [str(path) for path in files if text in str(path) or text.encode() in path.read_bytes()]
+
+
+def write_pairs(results: Path) -> None:
+    pairs = {"question": ["What rises?"] * 8, "answer": ["The bread."] * 8}
+    datasets.Dataset.from_dict(pairs).save_to_disk(results / "sft_data")
 
 
 class Serving:
@@ -179,6 +186,36 @@ def test_a_real_vllm_listens_on_loopback_and_answers_at_no_path_without_the_key(
     assert not holding(tmp_path / "run" / "r", serving.key) and not holding(tmp_path / "run" / "r")
 
 
+@pytest.mark.slow
+def test_the_processes_of_a_training_listen_on_loopback(tmp_path: Path, mark: Mark):
+    from augcon.demo.tiny_model import make_tiny_model
+
+    make_tiny_model(tmp_path / "tiny", ["The bread rises for two hours."] * 100)
+    write_pairs(tmp_path / "r")
+    mark.environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    launcher = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_gpus",
+        2,
+        "--master_port",
+        free_port(),
+        "finetune.py",
+    ]
+    command = [*launcher, "--results", tmp_path / "r", "--model", tmp_path / "tiny", "--epochs", 1000]
+    said = (tmp_path / "said").open("w")
+    process = subprocess.Popen(list(map(str, command)), env=mark.environment, cwd=ROOT, stdout=said, stderr=said)
+    listening: set[tuple[int, str]] = set()
+    while len({pid for pid, _ in listening}) < 2:  # both, and so the first one's meeting place, too
+        assert process.poll() is None, (tmp_path / "said").read_text()
+        for one in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                sockets = one.net_connections("inet")
+                listening |= {(one.pid, each.laddr.ip) for each in sockets if each.status == psutil.CONN_LISTEN}
+        time.sleep(0.2)
+    mark.end()
+    assert {address for _, address in listening} == {"127.0.0.1"}
+
+
 # Keys
 
 
@@ -278,8 +315,7 @@ def test_words_are_not_taken_from_a_file_that_others_can_write(tmp_path: Path):
 def test_a_model_of_pickles_alone_and_one_with_code_of_its_own_are_refused_in_one_line(tmp_path: Path):
     from augcon.demo.tiny_model import make_tiny_model
 
-    pairs = {"question": ["What rises?"] * 8, "answer": ["The bread."] * 8}
-    datasets.Dataset.from_dict(pairs).save_to_disk(tmp_path / "r" / "sft_data")
+    write_pairs(tmp_path / "r")
     ran = tmp_path / "ran"
     for name in ("pickles", "code"):
         make_tiny_model(tmp_path / name, ["The bread rises for two hours."] * 100)
