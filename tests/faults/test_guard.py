@@ -26,6 +26,8 @@ from scripted_server import ScriptedServer, answers, says
 from standins import Mark, fake_gpus, fake_model, fake_vllm, wait_for, with_path
 
 from augcon.machine.guard import Guard
+from augcon.run.card import describe_run
+from augcon.run.results import Results
 
 KEY = "sk-a-marker-that-must-be-nowhere-1234567890"
 SERVE = [sys.executable, str(ROOT / "serve.py")]
@@ -427,3 +429,11 @@ def test_no_version_that_is_locked_has_a_known_weakness():
         pytest.skip("pip-audit's data is not to be had here")
     weak = {version["name"]: [one["id"] for one in version["vulns"]] for version in looked_up if version["vulns"]}
     assert not weak
+
+
+def test_the_name_that_a_server_gives_its_model_is_no_markup_in_a_card(tmp_path: Path):
+    results = Results(str(tmp_path))
+    name = "m](https://evil.example)<img src=x>|`x`\n# Heading"
+    results.record.begin("step 1", {"model served": name}, [], False)
+    told = describe_run(results, {})["table"]["model that asked and answered"]
+    assert "\n" not in told and not re.search(r"(?<!\\)[\]\[<>|`]", told)
