@@ -21,7 +21,7 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsConfigDict, SettingsError
 
-from augcon.errors import UserError
+from augcon.errors import UserError, conceal
 
 PREFIX = "AUGCON_"
 _PATHS = ("results", "corpus", "qa_examples", "data", "review", "output", "mix", "lora", "base", "questions", "outputs")
@@ -365,7 +365,9 @@ def load_settings(doc: str, *groups: str) -> Settings:
         source = CliSettingsSource[Any](
             Settings, cli_parse_args=flags, root_parser=parser, add_argument_method=parser.add_setting
         )
-        return Settings(_cli_settings_source=source)  # type: ignore[call-arg]
+        settings = Settings(_cli_settings_source=source)  # type: ignore[call-arg]
+        conceal(settings.api_key.get_secret_value())
+        return settings
     except ValidationError as error:
         raise UserError("; ".join(map(_format_problem, error.errors()))) from error
     except SettingsError as error:

@@ -4,14 +4,16 @@
     python serve.py --model results/sft_model -- python inference.py
     python serve.py --dry-run
 
-The second form serves only while the command after -- runs, at a free port that the command finds in
-AUGCON_API_BASE, and ends with the command's status. However it ends, the server is stopped and the memory of the GPUs
-is free again. The server's log is server.log in the results folder. The third form tells how the model would be spread
-over the GPUs; it starts nothing, and downloads no more than the model's .json files. With a command, the demonstration
-engine answers it.
+The first form listens on this machine only. Whoever has an account here may ask the model, unless AUGCON_API_KEY sets
+the key to ask for. The second form serves only while the command after -- runs, at a free port and for a key made for
+the run, which the command finds in AUGCON_API_BASE and AUGCON_API_KEY, and ends with the command's status. However it
+ends, the server is stopped and the memory of the GPUs is free again. The server's log is server.log in the results
+folder. The third form tells how the model would be spread over the GPUs; it starts nothing, and downloads no more than
+the model's .json files. With a command, the demonstration engine answers it.
 """
 
 import os
+import secrets
 import shlex
 import sys
 import time
@@ -22,7 +24,7 @@ from augcon.machine.gpus import gpu_memory_released, linked, require_driver, vis
 from augcon.machine.processes import exit_status, start, stopping_children
 from augcon.machine.server import Server, free_port, port_of, python_module
 from augcon.machine.spread import Layout, busy, read_shape, spread
-from augcon.machine.vllm import require_vllm, vllm_command
+from augcon.machine.vllm import GUARD, require_vllm, vllm_command
 from augcon.run.results import Results
 from config import Settings, load_settings
 
@@ -38,6 +40,8 @@ def main() -> None:
     del sys.argv[end:]
     settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
     port = free_port() if command else port_of(settings.api_base)
+    given = settings.api_key.get_secret_value().replace("EMPTY", "")
+    key = secrets.token_urlsafe() if command else given or os.environ.get("VLLM_API_KEY", "")
     if settings.demo:
         model, description = None, "the demonstration engine (rules, not an LLM)"
         serving = python_module("augcon.demo.engine", port)
@@ -46,7 +50,7 @@ def main() -> None:
         model = find_model(settings.model)
         layout, description = plan(model, settings)
         name = settings.api_model or settings.model
-        serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments)
+        serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments) + GUARD * bool(key)
     if settings.dry_run and model:
         print(f"download: {model.to_download()}\ncommand: {shlex.join(serving)}")
         model, description = None, "the demonstration engine, whose replies are from rules, in its place for the trial"
@@ -56,16 +60,17 @@ def main() -> None:
     if model:
         model.download()
     with gpu_memory_released(), stopping_children(stop_with_parent=bool(command)):
-        server = Server(serving, port, Results(settings.results).server_log)
+        server = Server(serving, port, Results(settings.results).server_log, key)
         print(f"server:  starting {description}; its log is {server.log}", flush=True)
         server.wait_until_ready()
-        print(f"server:  ready at {server.api_base}{'' if command else '; Ctrl-C stops it'}", flush=True)
+        who = "" if key else ", for whoever has an account here, as AUGCON_API_KEY sets no key"
+        print(f"server:  ready at {server.api_base}{who}{'' if command else '; Ctrl-C stops it'}", flush=True)
         if 0 < (longest := server.longest_request()) < LONG:
             limit = "which is the model's limit or all that the memory holds"
             print(f"warning: prompt and reply have {longest:,} tokens in all, {limit}; long ones fail", file=sys.stderr)
         # The server has one model. A name that was set for another server would not find it.
-        environment = {**os.environ, "AUGCON_API_BASE": server.api_base, "AUGCON_API_MODEL": ""}
-        process = start(command, environment) if command else None
+        asks = {"AUGCON_API_BASE": server.api_base, "AUGCON_API_KEY": key, "AUGCON_API_MODEL": ""}
+        process = start(command, {**os.environ, **asks}) if command else None
         while process is None or process.poll() is None:
             server.check()
             time.sleep(0.1)

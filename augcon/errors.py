@@ -6,9 +6,18 @@ from collections.abc import Callable
 
 from pydantic import ValidationError
 
+_SECRET = 8  # characters of a key worth hiding; a shorter one would take other words with it
+_secrets: set[str] = set()
+
 
 class UserError(Exception):
     """The run cannot go on and the message tells the user why and what to do; no traceback is needed."""
+
+
+def conceal(secret: str) -> None:
+    """From here on, ``one_line`` leaves this text out of the messages of others: a server may quote its key."""
+    if len(secret) >= _SECRET:
+        _secrets.add(secret)
 
 
 def one_line(error: object, limit: int = 300) -> str:
@@ -19,6 +28,8 @@ def one_line(error: object, limit: int = 300) -> str:
         where = ".".join(map(str, fault["loc"]))
         value = f" = {fault['input']!r:.80}" if where and fault["type"] != "missing" else ""
         text = f"{where}{value}: {fault['msg'].removeprefix('Value error, ')}".removeprefix(": ")
+    for secret in _secrets:
+        text = text.replace(secret, "…")
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -29,7 +29,7 @@ def write_run(folder: Path, roots: int, text: str = "", pairs: int = 2, words: i
     for root in range(roots):
         whole = f"{text} " + " ".join(chance.choices(WORDS, k=words)) + "."
         line = {"root": root, "article": root // 4, "start": 0, "end": len(whole), "length": words, "quota": pairs + 1}
-        write(files["contexts"], {**line, "text": whole})
+        write(files["contexts"], {**line, "text": whole, "title": text})
         paths, level = ["", "1", "2", "11", "12", "21", "22"], 3
         while len(paths) < 2 * pairs:
             paths += [path + half for path in paths if len(path) == level - 1 for half in "12"]

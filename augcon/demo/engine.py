@@ -6,6 +6,8 @@ the form of AugCon's data, not its quality.
 
 import argparse
 import asyncio
+import os
+import secrets
 import sys
 import time
 from typing import Any
@@ -102,6 +104,15 @@ class Engine:
 
 
 @web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuses who does not bear VLLM_API_KEY, if that is set."""
+    given, key = request.headers.get("Authorization", ""), os.environ.get("VLLM_API_KEY")
+    if key and request.path.startswith("/v1/") and not secrets.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        raise web.HTTPUnauthorized
+    return await handler(request)
+
+
+@web.middleware
 async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Every error in OpenAI's shape."""
     try:
@@ -124,7 +135,7 @@ def main() -> None:
     parser.add_argument("--slots", default=256, type=int, help="replies under way at once; others wait")
     options = parser.parse_args()
     engine = Engine(options.latency, options.slots)
-    app = web.Application(middlewares=[_errors], client_max_size=64 * 2**20)
+    app = web.Application(middlewares=[_errors, _guard], client_max_size=64 * 2**20)
     reads = {"/v1/models": engine.models, "/health": engine.models, "/metrics": engine.metrics}
     app.add_routes([web.get(path, handler) for path, handler in reads.items()])
     app.add_routes([web.post(f"/v1/{path}completions", engine.complete) for path in ("", "chat/")])
@@ -134,7 +145,7 @@ def main() -> None:
     try:
         web.run_app(app, **where, access_log=None, print=lambda _: print(says, flush=True))
     except (OSError, OverflowError) as error:
-        sys.exit(f"cannot listen there; see --host, --port: {error}")
+        sys.exit(f"error: cannot listen there; see --host, --port: {error}")
 
 
 if __name__ == "__main__":

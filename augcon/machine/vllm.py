@@ -9,6 +9,9 @@ from augcon.errors import UserError
 from augcon.machine.server import python_module
 from augcon.machine.spread import Layout
 
+GUARD = ["--middleware", "augcon.machine.guard.Guard"]  # with a key: for paths that vLLM leaves open
+_OURS = re.compile(r"--(api[-_]key|host|port|uds|middleware)(=|$)")
+
 
 def require_vllm() -> None:
     """Raises UserError when vLLM is not installed."""
@@ -23,8 +26,15 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
     """The command that serves the model in a folder under a name, with vLLM's CPU build if there is no layout.
 
     ``arguments`` are passed to vLLM. How many requests and tokens it takes in one step is left to vLLM, which has
-    defaults for each GPU, as is half precision where a GPU has no bf16.
+    defaults for each GPU, as is half precision where a GPU has no bf16. Raises UserError where they would say who may
+    ask and where.
     """
+    own = shlex.split(arguments)
+    if ours := next(filter(_OURS.match, own), ""):
+        raise UserError(
+            f"--serve-arguments: {ours.partition('=')[0]} is set by AugCon, which serves on this machine only; "
+            "--api-base has the port, AUGCON_API_KEY the key"
+        )
     common = ["--served-model-name", name]
     common += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
     common += ["--generation-config", "vllm"]  # or the model's own top_k and penalties are added to each request
@@ -46,4 +56,4 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
         command += ["--kv-cache-memory-bytes", str(2 * 2**30)]
         if not re.search("amx_bf16|avx512_bf16", Path("/proc/cpuinfo").read_text(encoding="utf-8")):
             command += ["--dtype", "float32"]  # emulated, bf16 takes five times as long
-    return command + common + shlex.split(arguments)
+    return command + common + own

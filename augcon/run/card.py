@@ -73,7 +73,12 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
     cut = stages["corpus as cut"].made_with if "corpus as cut" in stages else {}
     corpus = ", ".join(map(public_name, cut.get("corpus", "").split(",")))
     demo = any(name and "not-an-llm" in name for name in served)
-    return {"corpus": corpus, "demo": demo, "table": {name: of for name, of in table.items() if of}}
+    return {"corpus": corpus, "demo": demo, "table": {name: _as_text(of) for name, of in table.items() if of}}
+
+
+def _as_text(value: object) -> str:
+    """A value as text in a table: a server calls its model what it likes, and that is no link and no markup."""
+    return re.sub(r"[\\`<>\[\]|*]", r"\\\g<0>", " ".join(str(value).split()))
 
 
 def public_name(name: str) -> str:

@@ -114,10 +114,15 @@ def _block_words(block: str) -> tuple[str, ...]:
 
 @functools.cache
 def load_jieba() -> Any:
-    """jieba, where it is needed, since it takes a while, and without its messages about that."""
+    """jieba, where it is needed, since it takes a while, and without its messages about that.
+
+    It would keep its dictionary in the folder for temporary files, and take what anyone else has put there for it.
+    """
     import jieba
 
     jieba.setLogLevel(logging.WARNING)
+    jieba.dt.FREQ, jieba.dt.total = jieba.dt.gen_pfdict(jieba.dt.get_dict_file())
+    jieba.dt.initialized = True
     return jieba
 
 

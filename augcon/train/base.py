@@ -3,20 +3,26 @@
 import json
 import logging
 import os
+import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import peft
 import torch
+import torch.distributed as dist
 import transformers
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
 from augcon.hub import COMPANIONS
-from augcon.train.ranks import print_main, waiting_group
+from augcon.train.ranks import is_main, print_main, rank, waiting_group, world_size
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for DeepSpeed, which is imported later
+
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # DeepSpeed would run what a checkpoint says
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # or it asks, in mid-run, whether to run a model's own code
 
 Quantization = Literal["auto", "nf4", "none"]
 LORA_RANK = 32
@@ -61,8 +67,25 @@ def start_processes(gpus: int = 0) -> None:
         here = int(os.environ.get("LOCAL_SIZE", os.environ["WORLD_SIZE"]))  # LOCAL_SIZE is set by the launcher
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it compiles C++ at once
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ["MASTER_ADDR"] == "127.0.0.1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        _connect_on_loopback(backend)
+    deepspeed.init_distributed(backend, verbose=False)
     waiting_group()
+
+
+def _connect_on_loopback(backend: str) -> None:
+    """Connects the processes of this machine; PyTorch, by itself, would have them listen to the network."""
+    for library in ("GLOO", "NCCL"):
+        os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
+    port, listener, long = int(os.environ["MASTER_PORT"]), None, timedelta(minutes=30)
+    if is_main():
+        listener = socket.create_server(("127.0.0.1", port))
+        port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        "127.0.0.1", port, world_size(), is_main(), long, master_listen_fd=listener.detach() if listener else None
+    )
+    dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size(), timeout=long)
 
 
 def device() -> torch.device:
@@ -145,6 +168,16 @@ def companions_digest(folder: Path) -> str:
 # A model in memory
 
 
+def read_config(folder: Path) -> Any:
+    """The configuration of a model. Raises UserError where it is none, or where it needs code of the model's own."""
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        own = "it brings code of its own, which is not run; choose another"
+        why = own if "trust_remote_code" in str(error) else one_line(error)
+        raise UserError(f"model {str(folder)!r} cannot be loaded: {why}") from error
+
+
 def load_base(kind: Any, model: str, quantize: Quantization = "auto", **arguments: Any) -> Any:
     """A base model on this process's device, in bf16 or, where the device cannot, fp32.
 
@@ -157,6 +190,7 @@ def load_base(kind: Any, model: str, quantize: Quantization = "auto", **argument
             dtype=torch.bfloat16 if can_bf16() else torch.float32,
             quantization_config=quantization(quantize),
             device_map={"": device()},
+            use_safetensors=True,
             **arguments,
         )
     except torch.cuda.OutOfMemoryError as error:

@@ -11,6 +11,7 @@ import transformers
 
 from augcon.data import Pair
 from augcon.errors import UserError, one_line
+from augcon.train.base import read_config
 from augcon.train.ranks import print_main
 
 IGNORED = -100  # the label of a token that carries no loss
@@ -72,7 +73,7 @@ def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, ma
             f"the tokenizer in {base} has no chat template, so this is not a chat model; use its chat version, or "
             "put a chat_template.jinja into the folder"
         )
-    config = transformers.AutoConfig.from_pretrained(base).get_text_config()
+    config = read_config(base).get_text_config()
     stops = [tokenizer.eos_token_id, config.eos_token_id]
     with contextlib.suppress(OSError):  # where there is no such file
         stops.append(transformers.GenerationConfig.from_pretrained(base).eos_token_id)

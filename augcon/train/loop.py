@@ -1,6 +1,7 @@
 """The loop that both trainings share: rules, arguments, progress, checkpoints, figures."""
 
 import dataclasses
+import pickle
 import resource
 import shutil
 from pathlib import Path
@@ -91,12 +92,19 @@ def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: 
     """Trains, from the checkpoint ``last`` on if there is one; returns the figures of this run in words.
 
     ``tokens`` is their number in the whole training. Raises UserError, with what to do, when the training does not fit
-    in memory or diverges.
+    in memory or diverges, or when the checkpoint is not one of AugCon's.
     """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.add_callback(_Progress(what, tokens))
+    torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that a checkpoint names
     try:
         seconds = max(trainer.train(resume_from_checkpoint=last).metrics["train_runtime"], 1e-9)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{last} holds more than the state of a training; remove it to go on without it") from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the training needs more memory than the GPU has; {too_large}") from error
     if not all(weights.isfinite().all() for weights in trainer.model.parameters() if weights.requires_grad):

@@ -12,7 +12,7 @@ import transformers
 from accelerate import init_empty_weights
 
 from augcon.errors import UserError, one_line
-from augcon.train.base import LORA_RANK
+from augcon.train.base import LORA_RANK, read_config
 
 GIB = 2**30
 # Bytes a weight. NF4: 4 bits, and a scale of 8 bits for 64 of them, and one of 32 for 256 of those (arXiv 2305.14314).
@@ -44,7 +44,7 @@ class Shape:
 def shape_of(base: Path) -> Shape:
     """The shape of a model in a folder; its weights are not read. Raises UserError where it is no model."""
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = read_config(base)
         with init_empty_weights():
             model = transformers.AutoModelForCausalLM.from_config(config)
         model.tie_weights()

@@ -17,7 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from augcon.errors import UserError, one_line
 from augcon.progress import bar
 from augcon.train.adapters import Adapter, TrainedWith
-from augcon.train.base import Quantization, companions, device, quantization, weight_files
+from augcon.train.base import Quantization, companions, device, quantization, read_config, weight_files
 
 # How the files of a tokenizer begin.
 _TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
@@ -74,7 +74,7 @@ def _seen_in_training(weight: torch.Tensor, quantized: bool, dtype: torch.dtype)
 def _check_fit(adapter: Adapter, base: Path, names: set[str], quantize: Quantization) -> set[str]:
     """The modules that loading in NF4 would quantise. Raises UserError when adapter and base do not fit."""
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = read_config(base)
         with init_empty_weights():
             model = transformers.AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:

@@ -20,7 +20,7 @@ from augcon.errors import UserError
 from augcon.files import new_picture, write_arrow
 from augcon.progress import bar
 from augcon.train import loop
-from augcon.train.base import Quantization, can_bf16, load_base, lora
+from augcon.train.base import Quantization, can_bf16, load_base, lora, read_config
 from augcon.train.chat import ChatEncoder, TrainingExample
 from augcon.train.ranks import on_main, print_main, world_size
 
@@ -32,7 +32,7 @@ ENCODED = "encoded"  # the folder of the tokens, beside the checkpoints, as long
 
 def load_model(folder: Path, quantize: Quantization, name: str, seed: int) -> PeftModel:
     """The base with a new adapter on all its linear layers. Raises UserError when it cannot be trained or merged."""
-    if getattr(transformers.AutoConfig.from_pretrained(folder), "quantization_config", None):
+    if getattr(read_config(folder), "quantization_config", None):
         raise UserError(f"model {name!r} is quantised on disk and takes no adapter; use the one it was made from")
     transformers.set_seed(seed)  # the adapter starts random
     model = load_base(transformers.AutoModelForCausalLM, str(folder), quantize)
