@@ -342,7 +342,7 @@ def _protocol(answer: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {answer!r:.200}") from error
+        raise failures.BadReply(f"the reply does not follow the OpenAI protocol: {one_line(answer)!r:.200}") from error
 
 
 @dataclasses.dataclass(slots=True)
