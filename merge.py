@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from augcon.errors import UserError, stage
-from augcon.files import new_folder
+from augcon.files import new_folder, reading
 from augcon.hub import model_folder
 from augcon.run.record import Record
 from augcon.run.results import Results
@@ -38,8 +38,10 @@ def main() -> None:
     results = Results((run or folder.parent) if folder == here else settings.results)  # not in the hub's cache
     with contextlib.nullcontext() if settings.lora and settings.output else results.held():
         adapter = read_adapter(folder)
-        record = Record(run or folder).stages().get("finetune")
-        known = TrainedWith.from_inputs(record.made_with) if record else None
+        record = Record(run or folder)
+        made = record.stages().get("finetune")
+        with reading(record.path, "finetune.py"):
+            known = TrainedWith.from_inputs(made.made_with) if made else None
         name = settings.base or (known.base if known else adapter.base) or settings.model
         base = model_folder(name)
         trained = trained_over(adapter, known, base, settings.quantize)

@@ -11,12 +11,11 @@ import dataclasses
 import importlib.metadata
 import platform
 from collections.abc import Mapping
-from typing import Any
 
 from augcon.errors import stage
 from augcon.files import digest, new_file, read_json, read_lines
 from augcon.report.gather import gather
-from augcon.report.page import Facts, write_page
+from augcon.report.page import Facts, SearchTable, ShortRoot, write_page
 from augcon.run.corpus import Skipped
 from augcon.run.results import STEP_1, STEP_3, Results
 from config import load_settings
@@ -47,15 +46,15 @@ def unfinished(results: Results) -> str:
 def facts_of(results: Results) -> Facts:
     """What is known of the run. Raises UserError where a file is damaged."""
     stages = {name: dataclasses.asdict(of) for name, of in results.record.stages().items()}
-    figures, search, short = results.figures, results.example_search, results.short_roots
+    search, short = results.example_search, results.short_roots
     made_with = [stages.get(name, {}).get("made_with") for name in ("step 1", "step 2", "step 3")]
     return Facts(
         folder=str(results.folder),
         run=digest(made_with),
         stages=stages,
-        figures=read_json(figures, dict[str, dict[str, Any]], "bash augcon.sh") if figures.exists() else {},
-        search=read_json(search, dict[str, Any], STEP_3) if search.exists() else {},
-        short_roots=list(read_lines(short, dict[str, Any], STEP_1)) if short.exists() else [],
+        figures=results.read_figures(),
+        search=read_json(search, dict[str, SearchTable], STEP_3) if search.exists() else {},
+        short_roots=list(read_lines(short, ShortRoot, STEP_1)) if short.exists() else [],
         skipped=list(read_lines(results.skipped, Skipped, STEP_1)) if results.skipped.exists() else [],
         versions=versions(),
     )

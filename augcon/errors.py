@@ -1,11 +1,15 @@
 """Errors that a user can mend: one line that says what, which value, and what to do."""
 
+import contextlib
+import errno
 import functools
+import os
 import sys
 from collections.abc import Callable
 
 from pydantic import ValidationError
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _SECRET = 8  # characters of a key worth hiding; a shorter one would take other words with it
 _secrets: set[str] = set()
 
@@ -18,6 +22,11 @@ def conceal(secret: str) -> None:
     """From here on, ``one_line`` leaves this text out of the messages of others: a server may quote its key."""
     if len(secret) >= _SECRET:
         _secrets.add(secret)
+
+
+def of_disk(error: Exception) -> bool:
+    """Whether a disk is what failed: it is full, broken or read-only, as libraries of all kinds may put it."""
+    return any(os.strerror(code) in str(error) for code in _DISK)
 
 
 def one_line(error: object, limit: int = 300) -> str:
@@ -39,6 +48,8 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        with contextlib.suppress(AttributeError):  # in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # a terminal in Latin-1
         try:
             main()
         except UserError as error:
@@ -48,5 +59,9 @@ def stage(main: Callable[[], None]) -> Callable[[], None]:
             sys.exit(stop.args[0] if stop.args else 130)
         except BrokenPipeError:
             sys.exit(141)
+        except OSError as error:
+            if error.filename is None and not of_disk(error):
+                raise
+            sys.exit(f"error: {one_line(error)}")
 
     return run

@@ -1,7 +1,6 @@
 """Files and folders that take their name only when they are whole; reading them by their shape; digests."""
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,17 +12,22 @@ from typing import IO, Any, TypeVar
 
 from pydantic import TypeAdapter
 
-from augcon.errors import UserError, one_line
+from augcon.errors import UserError, of_disk, one_line
 
 Shape = TypeVar("Shape")
 _CHUNK = 1 << 20  # characters
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[IO[str]]:
-    """A text file that replaces ``path`` once all of it is on disk. Raises UserError when it cannot be written."""
-    with _unfinished(path) as unfinished, unfinished.open("w", encoding="utf-8", newline="\n") as file:
+    """A text file that replaces ``path`` once all of it is on disk. Raises UserError when it cannot be written.
+
+    What UTF-8 cannot say, as in a file's name that is none, becomes "?".
+    """
+    with (
+        _unfinished(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", errors="replace", newline="\n") as file,
+    ):
         yield file
 
 
@@ -47,8 +51,10 @@ def _unfinished(path: Path) -> Iterator[Path]:
         if unfinished.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         unfinished.replace(path)
-    except OSError as error:
-        if error.filename is None and error.errno not in _DISK:
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise their own
+        if not of_disk(error) and getattr(error, "filename", None) is None:
             raise  # what failed was not this file
         raise UserError(f"cannot write {path}: {one_line(error)}") from error
     finally:
@@ -122,7 +128,7 @@ def write_arrow(
 
 def read_json(path: Path, shape: type[Shape], made_by: str) -> Shape:
     """A JSON file as ``shape``. Raises UserError, with the script that makes it, when it is missing or damaged."""
-    with _reading(path, made_by):
+    with reading(path, made_by):
         return TypeAdapter(shape).validate_json(path.read_bytes())
 
 
@@ -131,7 +137,7 @@ def read_entries(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape
 
     The file may be larger than memory, and written by hand: how it is laid out makes no difference.
     """
-    with _reading(path, made_by), path.open(encoding="utf-8") as file:
+    with reading(path, made_by), path.open(encoding="utf-8") as file:
         yield from map(TypeAdapter(shape).validate_python, _entries(file))
 
 
@@ -164,7 +170,7 @@ def _entries(file: IO[str]) -> Iterator[tuple[str, Any]]:
 def read_lines(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
     """The rows of a JSON Lines file as ``shape``; raises as ``read_json``."""
     read, number = TypeAdapter(shape).validate_json, 0
-    with _reading(path, made_by, lambda: f", line {number}" if number else ""), path.open("rb") as lines:
+    with reading(path, made_by, lambda: f", line {number}" if number else ""), path.open("rb") as lines:
         for number, line in enumerate(lines, 1):  # noqa: B007 - where it ended, for the error
             yield read(line)
 
@@ -178,14 +184,15 @@ def each_row(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
     """As ``read_dataset``, but a thousand rows at a time, for a dataset that may be large."""
     import datasets
 
-    with _reading(path, made_by):
+    with reading(path, made_by):
         for rows in datasets.load_from_disk(path).iter(1000):
             values = (dict(zip(rows, row, strict=True)) for row in zip(*rows.values(), strict=True))
             yield from map(TypeAdapter(shape).validate_python, values)
 
 
 @contextlib.contextmanager
-def _reading(path: Path, made_by: str, where: Callable[[], str] = str) -> Iterator[None]:
+def reading(path: Path, made_by: str, where: Callable[[], str] = str) -> Iterator[None]:
+    """Turns what goes wrong into a UserError that says which file is missing or damaged, and what makes it."""
     try:
         yield
     except Exception as error:  # the datasets library raises many kinds
@@ -204,6 +211,10 @@ def digest(*parts: object) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's bytes, read piece by piece."""
-    with path.open("rb") as file:
+    """The digest of a file's bytes, read piece by piece. Raises UserError when it cannot be read."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {one_line(error)}") from error
+    with file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -87,9 +87,9 @@ def needed(step: int, results: Results) -> bool:
         return True
     if step == 1:  # step 2 sends root contexts back, round by round
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
-        return len(rounds) > int(finished["refills"])
+        return len(rounds) > int(finished.get("refills", 0))
     read = results.queries if step == 2 else results.filtered_queries
-    return not read.exists() or file_digest(read) != finished["queries"]
+    return not read.exists() or file_digest(read) != finished.get("queries")
 
 
 if __name__ == "__main__":

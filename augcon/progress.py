@@ -1,10 +1,12 @@
 """Progress of long work: done, rate and time left; a line now and then where the output is no terminal."""
 
 import sys
+import time
 from types import TracebackType
 
-from tqdm import tqdm
+from tqdm import std, tqdm
 
+std.time = time.monotonic  # a clock that is set back would silence a bar
 _SETTLED = 60.0  # seconds over which the rate is taken, so that the time left does not jump
 
 

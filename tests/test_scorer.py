@@ -23,7 +23,7 @@ from augcon.errors import UserError
 from augcon.method.pairs import NEGATIVES
 from augcon.run.pairs import hold_out
 from augcon.train import base as training
-from augcon.train import scorer
+from augcon.train import loop, scorer
 from augcon.train.scores import KeptScores, batches, key
 
 CONTEXT = "面包店早上六点开门，因为工人要吃早饭。The baker sells <|im_end|> rolls </s> to them. "
@@ -303,3 +303,41 @@ def test_a_model_is_known_again_and_another_is_not(base: str, tmp_path: Path):
     before = training.companions_digest(tmp_path / "copy")
     settings.write_text(settings.read_text() + " ")
     assert training.companions_digest(tmp_path / "copy") != before
+
+
+class _Spoilt:
+    """A trainer that meets an error: when it reads its checkpoint, or writes one."""
+
+    def __init__(self, at: str, error: Exception) -> None:
+        self.at, self.error, self.callbacks = at, error, []
+        self.args = type("Arguments", (), {"output_dir": "results/ckpts"})
+
+    def remove_callback(self, _) -> None:
+        pass
+
+    def add_callback(self, callback) -> None:
+        self.callbacks.append(callback)
+
+    def _save_checkpoint(self, *_) -> None:
+        raise self.error
+
+    def train(self, resume_from_checkpoint: str | None) -> None:
+        if self.at == "reading":
+            raise self.error
+        self.callbacks[0].began = 0.0
+        if self.at == "writing":
+            self._save_checkpoint("model", "trial")
+        raise self.error
+
+
+def test_a_checkpoint_that_cannot_be_read_or_written_is_a_line_and_other_errors_are_not():
+    torchs_own = RuntimeError("PytorchStreamWriter failed writing file data/2: file write failed")
+    for at, error, message in (
+        ("reading", KeyError("optimizer"), r"cannot go on from results/ckpts/checkpoint-3 .*remove it"),
+        ("writing", torchs_own, r"cannot write a checkpoint to results/ckpts: .*file write failed; .*full"),
+    ):
+        with pytest.raises(UserError, match=message):
+            loop.train(_Spoilt(at, error), "results/ckpts/checkpoint-3", "x", 1, too_large="", too_fast="")
+    for at, last in (("reading", None), ("training", "results/ckpts/checkpoint-3")):
+        with pytest.raises(ZeroDivisionError):
+            loop.train(_Spoilt(at, ZeroDivisionError()), last, "x", 1, too_large="", too_fast="")

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import openai
 import stamina
-from pydantic import SecretStr
+from pydantic import SecretStr, TypeAdapter
 
 from augcon.data import Refused, Reply, Request
 from augcon.errors import UserError, one_line
@@ -37,6 +37,7 @@ _AT_FIRST = 1000  # requests among which that is noticed
 # Sampling is AugCon's own; a model's generation_config.json would change it on some servers. vLLM knows more of it.
 _SAMPLING = {"top_p": 1}
 _VLLM_SAMPLING = {**_SAMPLING, "top_k": -1, "min_p": 0, "repetition_penalty": 1}
+_REPLY = TypeAdapter(Reply)
 _PROBE = Request([{"role": "user", "content": "1"}], temperature=0, max_tokens=1)
 stamina.instrumentation.set_on_retry_hooks([])  # retries are counted here, not logged one by one
 
@@ -160,8 +161,8 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
         probe = self._body(dialect.PROBE)
         root = self.served.get(self.model)
         key = _digest(["dialect", self.endpoint.api_base, root, probe, dialect.SWITCHES])
-        if stored := self._store.get(key):
-            self.dialect = Dialect.read(stored)
+        if known := Dialect.read(self._store.get(key) or ""):
+            self.dialect = known
         else:
             waiting = list(servers)
             while waiting:
@@ -245,16 +246,21 @@ class LLM(contextlib.AbstractAsyncContextManager["LLM"]):
             if not shared.cancelled():  # otherwise whoever asked first has gone, and the next one asks
                 self.counts["shared"] += 1
                 return shared.result()
-        if stored := self._store.get(key):
+        if stored := self._stored(key):
             self.counts["replayed"] += 1
             self._accepted.add(self._kind(body))
-            reply = Reply(**json.loads(stored))
-            return dataclasses.replace(reply, text=clean(reply.text))  # earlier versions kept it as it came
+            return dataclasses.replace(stored, text=clean(stored.text))  # earlier versions kept it as it came
         self._pending[key] = asyncio.create_task(self._ask_and_store(request, body, key))
         try:
             return await self._pending[key]
         finally:
             del self._pending[key]
+
+    def _stored(self, key: bytes) -> Reply | None:
+        stored = self._store.get(key)
+        with contextlib.suppress(ValueError):  # what is not a reply is asked for again
+            return _REPLY.validate_json(stored.encode(errors="ignore")) if stored else None
+        return None
 
     async def _ask_and_store(self, request: Request, body: dict[str, Any], key: bytes) -> Reply:
         reply = await _Attempts(self, body, request.root).reply()

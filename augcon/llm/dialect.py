@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Set
 from typing import Any
 
 import openai
+from pydantic import TypeAdapter
 
 from augcon.data import Request
 from augcon.llm import failures
@@ -72,10 +73,11 @@ class Dialect:
     room: int = 0
 
     @classmethod
-    def read(cls, stored: str) -> "Dialect":
-        """The dialect that ``write`` wrote."""
-        fields = json.loads(stored)
-        return cls(**{**fields, "left_out": tuple(fields["left_out"])})
+    def read(cls, stored: str) -> "Dialect | None":
+        """The dialect that ``write`` wrote; None for what is none."""
+        with contextlib.suppress(ValueError):
+            return TypeAdapter(cls).validate_json(stored)
+        return None
 
     def write(self) -> str:
         """The dialect as JSON."""

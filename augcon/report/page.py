@@ -20,9 +20,35 @@ from augcon.report.charts import Paces, draw_charts
 from augcon.report.gather import Columns, Gathered, Loss, pack
 from augcon.report.questions import KINDS
 from augcon.run.corpus import Skipped
+from augcon.run.results import Figures
 
 _FOLDER = Path(__file__).parent
 _EXAMPLES = 5  # of each loss
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortRoot:
+    """What is read of a line of short_roots.jsonl."""
+
+    root: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchSet:
+    """What is read of a set of examples that was tried: their places and questions, and the mean grade."""
+
+    examples: list[int]
+    questions: list[str]
+    mean: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class SearchTable:
+    """What is read of the search for examples in one language."""
+
+    sets: list[SearchSet]
+    chosen: list[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +58,9 @@ class Facts:
     folder: str
     run: str
     stages: Mapping[str, Any]
-    figures: Mapping[str, Any]
-    search: Mapping[str, Any]
-    short_roots: list[Mapping[str, Any]]
+    figures: Mapping[str, Figures]
+    search: Mapping[str, SearchTable]
+    short_roots: list[ShortRoot]
     skipped: list[Skipped]
     versions: Mapping[str, str]
 
@@ -95,18 +121,13 @@ def _losses(gathered: Gathered, facts: Facts) -> list[Loss]:
         named = [{"id": row.name, **({"reason": row.detail} if row.detail else {})} for row in some]
         losses.append(Loss("articles", reason, "", count, named))
     if short := facts.short_roots:
-        losses.append(
-            Loss("roots", "short of their quota", "", len(short), [_as_texts(row) for row in short[:_EXAMPLES]])
-        )
+        named = [{"id": str(row.root), "reason": row.reason} for row in short[:_EXAMPLES]]
+        losses.append(Loss("roots", "short of their quota", "", len(short), named))
     counts = Counter(gathered.counts)
     by_hand = counts["pairs"] + counts["dropped"] - counts["kept"]
     if by_hand and counts["scored"] and counts["pairs"]:
         losses.append(Loss("kept", "added by hand" if by_hand > 0 else "removed by hand", "", abs(by_hand), []))
     return sorted([*losses, *gathered.losses], key=lambda loss: -loss.count)
-
-
-def _as_texts(row: Mapping[str, Any]) -> dict[str, str]:
-    return {"id": str(row["root"]), "reason": str(row["reason"])}
 
 
 def _columns(columns: Columns, leave_out: tuple[str, ...] = ()) -> dict[str, list[float | None]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from augcon.files import digest, file_digest, new_file, read_json
+from augcon.files import digest, file_digest, new_file
 from augcon.run.record import CHAIN
 from augcon.run.report import format_counts
 from augcon.run.results import Results
@@ -53,16 +53,14 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
     """The corpus, and a table of what the record and the figures tell: models, settings, what became of the queries."""
     stages = results.record.stages()
     made_with = {name: of for step in CHAIN if step in stages for name, of in stages[step].made_with.items()}
-    served = [stages[step].made_with.get("model served") for step in ("step 1", "step 3") if step in stages]
+    served = [str(stages[step].made_with.get("model served") or "") for step in ("step 1", "step 3") if step in stages]
     changed = [f"{name}={of}" for name, of in made_with.items() if of != defaults.get(name, of) and "model" not in name]
-    figures = (
-        read_json(results.figures, dict[str, dict[str, Any]], "bash augcon.sh") if results.figures.exists() else {}
-    )
+    figures = results.read_figures()
     step_1, step_2, step_3 = (figures.get(f"step {number}", {}) for number in (1, 2, 3))
     fates, dropped = Counter(step_2.get("fates", {})), Counter(step_3.get("dropped", {}))
     table = {
         "model that asked and answered": ", ".join(dict.fromkeys(public_name(name) for name in served if name)),
-        "base of the scorer": public_name(made_with.get("scorer_model") or ""),
+        "base of the scorer": public_name(str(made_with.get("scorer_model") or "")),
         "settings that are not the default": ", ".join(changed),
         "root contexts": step_1.get("roots"),
         "queries": step_1.get("queries"),
@@ -71,8 +69,8 @@ def describe_run(results: Results, defaults: Mapping[str, Any]) -> dict[str, Any
         "answers dropped": format_counts(dropped),
     }
     cut = stages["corpus as cut"].made_with if "corpus as cut" in stages else {}
-    corpus = ", ".join(map(public_name, cut.get("corpus", "").split(",")))
-    demo = any(name and "not-an-llm" in name for name in served)
+    corpus = ", ".join(map(public_name, str(cut.get("corpus", "")).split(",")))
+    demo = any("not-an-llm" in name for name in served)
     return {"corpus": corpus, "demo": demo, "table": {name: _as_text(of) for name, of in table.items() if of}}
 
 

@@ -30,6 +30,7 @@ ARCHIVE = ".zip"
 TITLE = "title"  # the field that is taken for one where it is there
 KINDS = sorted({*TEXT, *MIME, *ROWS, ARCHIVE})
 LARGEST = 256 << 20  # bytes of a file that is one article
+_SWELLING, _DEEPEST = 100, 3  # times that a large file in an archive may be as long as packed; archives in archives
 _LONGEST_FIELD, _LONGEST_TITLE = 1000, 200  # characters of what goes with the article
 _RUN = 5  # units; articles are compared by the runs of so many that they share
 _PERMUTATIONS, _BANDS = 128, 32
@@ -133,6 +134,8 @@ class Corpus:
         folder, suffix = there and _is_folder(place), place.suffix.lower()
         if there and not folder and suffix not in KINDS and not _is_dataset(place):
             raise UserError(f"corpus {source!r}: files of this kind are not read; use {', '.join(KINDS)}")
+        if there and not folder and (odd := _unfit(place)):
+            raise UserError(f"corpus {source!r} cannot be read: {odd}")
         if not folder and not (there and suffix in {*TEXT, *MIME, ARCHIVE}):
             yield lambda: self._rows(place if there else source, place.name if there else source)
             return
@@ -160,6 +163,10 @@ class Corpus:
                 for each in inside if real not in above else ():  # a link to a folder above would go on for ever
                     if not each.name.startswith((".", "~$", "__MACOSX")):
                         yield from self._find(each, f"{name}/{each.name}", (*above, real))
+            elif suffix in KINDS and (odd := _unfit(place)):
+                raise ValueError(odd)
+            elif suffix == ARCHIVE and name.lower().count(f"{ARCHIVE}/") >= _DEEPEST:
+                raise ValueError(f"more than {_DEEPEST} archives in each other")
             elif suffix == ARCHIVE:
                 yield from self._find(zipfile.Path(zipfile.ZipFile(place.open("rb"))), name, above)
             elif suffix in ROWS or _is_dataset(place):
@@ -250,6 +257,16 @@ def _is_folder(place: Place) -> bool:
 
 def _is_dataset(place: Place) -> bool:
     return isinstance(place, Path) and is_dataset(place)
+
+
+def _unfit(place: Place) -> str:
+    """Why a file is not to be read, in a few words: it is none that ends, or it is packed to swell; or nothing."""
+    if isinstance(place, zipfile.Path):
+        about = place.root.getinfo(place.at)
+        swells = about.file_size > max(LARGEST, _SWELLING * about.compress_size)
+        return f"unpacks to {about.file_size >> 20:,} MiB, {_SWELLING:,} times its size or more" if swells else ""
+    special = isinstance(place, Path) and place.exists() and not place.is_file() and not _is_dataset(place)
+    return "a pipe, a socket or a device" if special else ""
 
 
 def _place(source: str) -> Place:

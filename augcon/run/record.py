@@ -9,11 +9,40 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from augcon.errors import UserError
-from augcon.files import read_json, write_json
+from augcon.files import read_json, reading, write_json
 
 Inputs = Mapping[str, Any]  # name → a value that JSON can hold; a name that begins with "content of" has a digest
 CHAIN = ("step 1", "scorer", "step 2", "step 3")  # each depends on those before it
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cut:
+    contexts: str
+    left_out: dict[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    refills: int = 0
+    pairs: int = 0
+    queries: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scorer:
+    base: str
+    digest: str
+    held_out: str
+    accuracy_before: dict[str, tuple[int, float]]
+    accuracy_after: dict[str, tuple[int, float]]
+    speed: str
+
+
+# The facts that other stages and the report rely on.
+_FACTS = {"corpus as cut": _Cut, "step 1": _Step, "scorer": _Scorer, "step 2": _Step, "step 3": _Step}
 
 
 @dataclasses.dataclass
@@ -39,7 +68,12 @@ class Record:
         """The entries of all stages that were ever begun."""
         if not self.path.exists() and (self.folder / "settings.json").exists():
             raise UserError(f"{self.folder} is from an earlier version of AugCon; choose another folder with --results")
-        return read_json(self.path, dict[str, Stage], "bash augcon.sh") if self.path.exists() else {}
+        stages = read_json(self.path, dict[str, Stage], "bash augcon.sh") if self.path.exists() else {}
+        with reading(self.path, "bash augcon.sh"):
+            for name in stages.keys() & _FACTS.keys():
+                if (facts := stages[name].finished) is not None:
+                    TypeAdapter(_FACTS[name]).validate_python(facts)
+        return stages
 
     def finished(self, name: str) -> dict[str, Any] | None:
         """The facts of a stage that came to its end and is not outdated."""

@@ -6,12 +6,16 @@ import datetime
 import fcntl
 import itertools
 import json
+import os
+import socket
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
@@ -39,9 +43,27 @@ STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
 class _NodeRow:
     """What is read of a line of ``nodes.jsonl``."""
 
-    id: Annotated[str, Field(pattern="^[0-9]+:")]
+    id: Annotated[str, Field(pattern="^[0-9]{1,9}:")]
     context: str
     query: str | None
+
+
+class Asked(TypedDict, total=False):
+    """What is read of the figures of a run that asked the server; there are others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    pace: list[tuple[float, int, int]]
+
+
+class Figures(TypedDict, total=False):
+    """What is read of the figures of a step; there are others."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    roots: int
+    queries: int
+    fates: dict[str, int]
+    dropped: dict[str, int]
+    asked: list[Asked]
 
 
 class Results:
@@ -100,25 +122,40 @@ class Results:
         """Makes the folder and keeps other runs out of it. Raises UserError when that cannot be done."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("a")
+            lock = (self.folder / ".lock").open("a+", encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"cannot write to the results folder {self.folder}: {one_line(error)}") from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise UserError(f"another run is using {self.folder}; wait, or choose another --results") from error
+            except BlockingIOError as error:
+                lock.seek(0)
+                other = one_line(lock.read(200).strip() or "unknown", 100)
+                raise UserError(
+                    f"another run is using {self.folder} ({other}); wait, or choose another --results"
+                ) from error
+            except OSError as error:  # some network file systems have no locks
+                words = f"warning: {self.folder} cannot be locked ({one_line(error)}); start no second run in it"
+                print(words, file=sys.stderr)
+            with contextlib.suppress(OSError):  # a full disk, which what follows will meet
+                lock.truncate(0)
+                lock.write(f"{Path(sys.argv[0]).name}, process {os.getpid()} on {socket.gethostname()}\n")
+                lock.flush()
             yield
 
     def keep_figures(self, stage: str, asked: "CallFigures | None" = None, same: bool = False, **figures: Any) -> None:
         """Keeps the figures of a stage; what it ``asked`` in this run, after earlier runs if it is the ``same``."""
-        known = read_json(self.figures, dict[str, dict[str, Any]], "bash augcon.sh") if self.figures.exists() else {}
-        runs = known.get(stage, {}).get("asked", []) if same else []
+        known = self.read_figures()
+        runs: list[Any] = [*known.get(stage, {}).get("asked", [])] if same else []
         if asked and (asked.calls or not runs):
-            runs = [*runs, dataclasses.asdict(asked)]
+            runs.append(dataclasses.asdict(asked))
         finished = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         entry = {"finished": finished, **figures} | ({"asked": runs} if runs else {})
         write_json(self.figures, {**known, stage: entry})
+
+    def read_figures(self) -> dict[str, Figures]:
+        """The figures by step; none where there is no such file."""
+        return read_json(self.figures, dict[str, Figures], "bash augcon.sh") if self.figures.exists() else {}
 
     def read_contexts(self) -> list[RootContext]:
         """The root contexts, as step 1 wrote them."""

@@ -1,7 +1,6 @@
 """LoRA adapters: reading one, and how it was trained."""
 
 import dataclasses
-import json
 import math
 import re
 from collections import defaultdict
@@ -12,6 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -47,7 +47,8 @@ class TrainedWith:
     @classmethod
     def from_inputs(cls, inputs: Mapping[str, Any]) -> "TrainedWith":
         """The inverse of ``inputs``; of other inputs on record nothing is taken."""
-        return cls(**{name: inputs[_ON_RECORD.get(name, name)] for name in cls.__dataclass_fields__})
+        known = {name: inputs[_ON_RECORD.get(name, name)] for name in cls.__dataclass_fields__}
+        return TypeAdapter(cls).validate_python(known)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read_adapter(folder: Path) -> Adapter:
     weights = folder / "adapter_model.safetensors"
     try:
         settings = (folder / "adapter_config.json").read_bytes()
-        config = json.loads(settings)
+        config = TypeAdapter(dict[str, Any]).validate_json(settings)
         tensors = load_file(weights)
         content = digest(settings, weights.read_bytes())
     except FileNotFoundError as error:

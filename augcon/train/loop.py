@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import transformers
 from transformers.trainer_utils import get_last_checkpoint
 
-from augcon.errors import UserError
+from augcon.errors import UserError, one_line
 from augcon.progress import bar
 from augcon.train.base import can_bf16
 from augcon.train.ranks import barrier, is_main, world_size
@@ -61,8 +62,10 @@ class _Progress(transformers.TrainerCallback):
     def __init__(self, what: str, tokens: int) -> None:
         self.what, self.tokens = what, tokens  # in the whole training
         self.bar: Any = None
+        self.began: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
         if is_main():
             self.bar = bar(state.max_steps, self.what, "steps")
             self.bar.update(state.global_step)
@@ -83,7 +86,8 @@ class _Progress(transformers.TrainerCallback):
         if is_main():
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _WHOLE).touch()
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """Ends the line of the bar."""
         if self.bar:
             self.bar.close()
 
@@ -92,21 +96,41 @@ def train(trainer: Any, last: str | None, what: str, tokens: int, *, too_large: 
     """Trains, from the checkpoint ``last`` on if there is one; returns the figures of this run in words.
 
     ``tokens`` is their number in the whole training. Raises UserError, with what to do, when the training does not fit
-    in memory or diverges, or when the checkpoint is not one of AugCon's.
+    in memory or diverges, or a checkpoint cannot be written or read, or is not one of AugCon's.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
     trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(_Progress(what, tokens))
+    progress = _Progress(what, tokens)
+    trainer.add_callback(progress)
+    save = trainer._save_checkpoint
+
+    def save_or_say(*arguments: Any, **more: Any) -> None:
+        try:
+            save(*arguments, **more)
+        except Exception as error:  # torch has errors of its own for a full disk
+            raise UserError(
+                f"cannot write a checkpoint to {trainer.args.output_dir}: {one_line(error)}; see whether its disk is "
+                "full, then run the same command again"
+            ) from error
+
+    trainer._save_checkpoint = save_or_say
     torch.serialization.add_safe_globals([LossScaler, ZeroStageEnum, fragment_address])  # all that a checkpoint names
     try:
-        seconds = max(trainer.train(resume_from_checkpoint=last).metrics["train_runtime"], 1e-9)
+        trainer.train(resume_from_checkpoint=last)
     except pickle.UnpicklingError as error:
         raise UserError(f"{last} holds more than the state of a training; remove it to go on without it") from error
     except torch.cuda.OutOfMemoryError as error:
         raise UserError(f"the training needs more memory than the GPU has; {too_large}") from error
+    except Exception as error:
+        if not last or progress.began is not None:
+            raise
+        raise UserError(f"cannot go on from {last} ({one_line(error)}); remove it, and run the same again") from error
+    finally:
+        progress.close()
+    seconds = max(time.monotonic() - (progress.began or 0), 1e-9)
     if not all(weights.isfinite().all() for weights in trainer.model.parameters() if weights.requires_grad):
         raise UserError(f"the training diverged: weights are no longer finite; {too_fast}")
     steps, resumed = trainer.state.global_step, ""

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import FiniteFloat, TypeAdapter
+
 from augcon.data import Query
 from augcon.errors import UserError, one_line
-from augcon.files import digest, write_arrow
+from augcon.files import digest, reading, write_arrow
 
 if TYPE_CHECKING:
     import datasets  # slow: only where it is needed
@@ -46,13 +48,14 @@ class KeptScores:
         self.folder = folder
 
     def read(self) -> dict[str, float]:
-        """The scores by key; a line that a kill has cut short does not count."""
+        """The scores by key; a line that a kill has cut short does not count, nor does one that is damaged."""
         scores: dict[str, float] = {}
+        read = TypeAdapter(dict[str, FiniteFloat]).validate_json
         for path in self.folder.glob("part-*.jsonl"):
-            with path.open(encoding="utf-8") as part:
+            with path.open("rb") as part:
                 for line in part:
-                    with contextlib.suppress(ValueError):  # empty, or cut short by a kill
-                        scores.update(json.loads(line))
+                    with contextlib.suppress(ValueError):
+                        scores.update(read(line))
         return scores
 
     def texts(self) -> list["datasets.Dataset"]:
@@ -60,7 +63,8 @@ class KeptScores:
         import datasets
 
         paths = sorted(self.folder.glob("texts-*.arrow"), key=lambda path: int(path.stem.partition("-")[2]))
-        return [datasets.Dataset.from_file(str(path)) for path in paths]
+        with reading(self.folder, "step2_scorer.py"):
+            return [datasets.Dataset.from_file(str(path)) for path in paths]
 
     def add_texts(self, encoded: Iterable[Mapping[str, list[Any]]]) -> None:
         """Adds encoded texts, some rows at a time."""
