@@ -235,8 +235,9 @@ class _Earlier:
 
 def is_of_rows(source: str) -> bool:
     """Whether a source is a file of rows, a saved dataset or on the hub, and so may have a field of questions."""
-    place = Path(source).expanduser()
-    return not (_is_folder(place) or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
+    place = Path(os.path.expanduser(source))  # this and isdir raise nothing, whatever the name
+    folder = os.path.isdir(place) and not is_dataset(place)
+    return not (folder or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
 
 
 def _named(file: str, row: int | None) -> str:

@@ -154,6 +154,14 @@ TEXT = [
 EMPTY = ["空", "（空）", "None", "N/A", "-"]
 PIECES = [*LABELS, *PHRASES, *NUMBERS, *NAMES, *STRUCTURE, *THINKING, *ODD, *TEXT, *EMPTY, *MARKS]
 
+QUESTIONS = [
+    *TEXT,
+    *(example.question for p in BOTH for example in p.cst.examples),
+    "（一个问句）",
+    "“为什么六点开门？”",
+    "长" * 1001,
+]
+
 NOISE = st.lists(st.sampled_from(STRUCTURE + ODD + TEXT), max_size=3).map("".join)
 FREE = st.lists(st.sampled_from(PIECES), max_size=30).map("".join) | st.text(st.characters(), max_size=80)
 LINES = st.lists(
@@ -171,10 +179,14 @@ def well_formed(draw: st.DrawFn) -> str:
     name = draw(st.sampled_from(["split", "focus", "answer", "grade", "grades", "verdict"]))
     text, number = draw(FREE), draw(st.sampled_from(NUMBERS) | st.integers(0, 11).map(str))
     if name == "split":
-        reply = prompts.cst_reply(draw(st.sampled_from(TEXT)) + draw(NOISE) + text, (draw(FREE), draw(FREE)))
+        asked = draw(st.sampled_from(QUESTIONS) | st.sampled_from(TEXT).map(lambda begun: begun + text))
+        reply = prompts.cst_reply(asked, (draw(FREE), draw(FREE)))
     elif name == "focus":
         reply = f"{prompts.line(prompts.labels.question, text)}\n{prompts.line(prompts.labels.cut, number)}"
     elif name == "answer":
+        text = draw(
+            st.sampled_from(["", EXAMPLE.answer, CONTEXT, QUESTION, MARKS[0], "**甲**", "The author"]) | st.just(text)
+        )
         reply = f"{prompts.line(prompts.labels.question, QUESTION)}\n{prompts.line(prompts.labels.answer, text)}"
     elif name == "grade":
         reply = prompts.line(prompts.labels.grade, number)
