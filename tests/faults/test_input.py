@@ -52,7 +52,7 @@ TEXTS = {
     "CRLF": f"{SENTENCE}\r\n\r\n{SENTENCE}\r\n",
     "CR": f"一。\r{SENTENCE}\r{SENTENCE}\r",
     "line separators": f"{SENTENCE}\u2028{SENTENCE}\u2029{SENTENCE}\v\f",
-    "byte order marks inside": f"\ufeff{SENTENCE}\ufeff{SENTENCE}",
+    "byte order marks inside": f"\ufeff二。{SENTENCE}\ufeff{SENTENCE}",
     "zero width": f"{SENTENCE}\u200b\u200c\u200d\u2060{SENTENCE}",
     "right to left": f"\u202e{ARABIC}\u202c \u2067{ARABIC}\u2069",
     "astral Chinese": "𠮷野家在𡈽地上開門。𪚥" * 20,
@@ -128,8 +128,7 @@ def all_is_accounted_for(cut: Cut, texts: dict[str, str]) -> None:
 
 
 def test_each_row_gives_an_article_without_a_loss_or_a_skip_with_its_reason(tmp_path: Path):
-    texts = TEXTS | dict([next(iter(HUGE.items()))])
-    all_is_accounted_for(read_corpus(CorpusRules(str(corpus(tmp_path, texts)), alike_articles=0)), texts)
+    all_is_accounted_for(read_corpus(CorpusRules(str(corpus(tmp_path, TEXTS)), alike_articles=0)), TEXTS)
 
 
 @pytest.mark.nightly

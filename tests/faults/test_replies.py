@@ -419,7 +419,7 @@ NAMED = st.sampled_from(
 )
 
 
-@settings(max_examples=CASES // 2, **of_any_speed)
+@settings(max_examples=CASES, **of_any_speed)
 @given(
     st.sampled_from([400, 401, 404, 413, 422, 429, 500, 503]),
     st.dictionaries(
@@ -561,9 +561,9 @@ def test_the_time_for_a_reply_is_linear_in_its_length(reader: str, small: int, l
         TIMED[reader](reply, BOTH[0])
         return time.process_time() - began
 
-    for piece in RUNS:
-        for form in FORMS:
-            assert seconds(form, piece, large) < 60 * seconds(form, piece, small) + 0.5, (piece, form)
+    seconds(FORMS[2], "a", small)  # a first call loads jieba
+    for piece, form in zip(RUNS, itertools.cycle(FORMS), strict=False):
+        assert seconds(form, piece, large) < 60 * seconds(form, piece, small) + 0.5, (piece, form)
 
 
 # Through the front door
@@ -599,7 +599,8 @@ def ends_well(done: "subprocess.CompletedProcess[str]") -> bool:
 @pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(2, 12))])
 def test_a_run_over_odd_replies_accounts_for_all_and_leaves_files_that_can_be_read(tmp_path: Path, seed: int):
     results, articles = tmp_path / "r", datasets.load_from_disk(ROOT / "DailyM")["train"]["article"]
-    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"article": articles[n]}) + "\n" for n in (0, 15)))
+    chosen = (15,) if seed == 1 else (0, 15)
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"article": articles[n]}) + "\n" for n in chosen))
     (tmp_path / "asked.txt").write_text("面包店为什么六点开门？\nWhy does it open at six?\n问三？\n问四？\n")
 
     async def run_all() -> None:
@@ -614,7 +615,7 @@ def test_a_run_over_odd_replies_accounts_for_all_and_leaves_files_that_can_be_re
             by_hand = json.loads(queries.read_text("utf-8"))
             by_hand["0"].append([CONTEXT, "\u3000 How many rolls\x00 were sold? \n"])
             (results / "filtered_queries.json").write_text(json.dumps(by_hand))
-            answered = await play("step3_gen_a.py", "--candidates", 2)
+            answered = await play("step3_gen_a.py", "--candidates", 1 + (seed > 1))
             assert await play("inference.py", "--questions", tmp_path / "asked.txt")
             await play("judge.py")
             assert answered
@@ -636,10 +637,8 @@ def test_a_run_over_odd_replies_accounts_for_all_and_leaves_files_that_can_be_re
     assert len(datasets.load_from_disk(results / "outputs")) == 4
     for text in (*(pair["answer"] for pair in pairs), *(query for _, query in asked)):
         assert text.strip() and disarm(text) == text == clean(text)
-    make_tiny_model(tmp_path / "tiny", [pair["answer"] for pair in pairs], 400)
-    for script, flags in (
-        ("export.py", ["--format", "messages", "--with-context"]),
-        ("report.py", []),
-        ("finetune.py", ["--model", tmp_path / "tiny", "--dry-run"]),
-    ):
-        assert ends_well(run(script, "--results", results, *flags)), script
+    assert ends_well(run("export.py", "--results", results, "--format", "messages", "--with-context"))
+    assert ends_well(run("report.py", "--results", results))
+    if seed > 1:  # DeepSpeed takes its time
+        make_tiny_model(tmp_path / "tiny", [pair["answer"] for pair in pairs], 400)
+        assert ends_well(run("finetune.py", "--results", results, "--model", tmp_path / "tiny", "--dry-run"))
