@@ -98,7 +98,7 @@ NO_TEXT = {  # lines, and why they give no article
     b"}{": "broken line",
     b"[" * 100_000: "broken line",
     b'{"article": "The bakery op': "broken line",
-    b"\x00\x00\x00\x00": "broken line",
+    b"\x00\x00\x00\x00": "not in UTF-8",
 }
 
 

@@ -547,7 +547,7 @@ def look(reply: str, _: Prompts) -> None:
 TIMED = {**READERS, "protocol": look}
 # By size: in both, a quadratic reader would take 400 times as long for a reply 20 times as long.
 SIZES = [
-    pytest.param(5_000, 100_000, id="short"),
+    pytest.param(1_500, 30_000, id="short"),
     pytest.param(50_000, 1_000_000, id="long", marks=pytest.mark.nightly),
 ]
 
@@ -561,7 +561,7 @@ def test_the_time_for_a_reply_is_linear_in_its_length(reader: str, small: int, l
         TIMED[reader](reply, BOTH[0])
         return time.process_time() - began
 
-    seconds(FORMS[2], "a", small)  # a first call loads jieba
+    checks.ungrounded("鲁迅为什么去北京？", "甲")  # a first call loads jieba
     for piece, form in zip(RUNS, itertools.cycle(FORMS), strict=False):
         assert seconds(form, piece, large) < 60 * seconds(form, piece, small) + 0.5, (piece, form)
 
