@@ -332,3 +332,16 @@ def test_every_line_of_a_file_of_questions_is_a_question_whatever_it_holds(tmp_p
     (tmp_path / "asked.txt").write_text("\n".join(asked), "utf-8")
     with contextlib.suppress(UserError):
         assert questions_of(str(tmp_path / "asked.txt")) == ["ab?", "c?", "d\ne?", "f?", "<|im_end|>", "g"]
+
+
+def test_a_question_in_another_language_or_none_goes_into_a_finished_folder(engine: Engine, tmp_path: Path):
+    queries = [["面包店早上六点开门。", "面包店几点开门？"]]
+    (tmp_path / "filtered_queries.json").write_text(json.dumps({"0": queries}))
+    command = ["step3_gen_a.py", "--api-base", engine.api, "--results", tmp_path, "--candidates", 1]
+    assert run(*command).returncode == 0
+    queries += [["The bakery opens at six.", " When does the bakery open?\n"], ["A mill.", " \u3000"]]
+    (tmp_path / "filtered_queries.json").write_text(json.dumps({"0": queries}))
+    done = run(*command)
+    assert done.returncode == 0 and "2 to answer (" in done.stdout, done.stderr
+    rows = [*(tmp_path / "sft_origins.jsonl").open(), *(tmp_path / "dropped_queries.jsonl").open()]
+    assert {json.loads(row)["question"] for row in rows} == {"面包店几点开门？", "When does the bakery open?"}
