@@ -29,6 +29,7 @@ from augcon.run.report import CallFigures, format_counts, format_skipped
 from augcon.run.results import Results
 from augcon.run.rows import Unreadable, read_column, text_of
 from augcon.text.parse import without_thinking
+from augcon.text.prompts import disarm
 from augcon.text.units import clean, length
 from config import Settings, load_settings, pick
 
@@ -134,7 +135,7 @@ async def ask_all(settings: Settings, llm: "LLM", questions: list[str]) -> list[
     """The reply to each question, or why the server refused it. A blank one has an empty reply."""
 
     async def ask(question: str) -> Reply | str:
-        messages = [{"role": "user", "content": question}]
+        messages = [{"role": "user", "content": disarm(question)}]
         try:
             request = Request(messages, settings.answer_temperature, settings.answer_max_tokens)
             return await llm.ask(request) if question else Reply("", complete=True)

@@ -9,6 +9,7 @@ sft_data (dataset of question and answer), sft_origins.jsonl (where each pair ca
 """
 
 import dataclasses
+import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from augcon.run.recipe import run_recipe
 from augcon.run.report import CallFigures, format_counts, print_answers, print_search
 from augcon.run.results import STEP_1, STEP_2, Results
 from augcon.text.prompts import load_prompts
-from augcon.text.units import Language
+from augcon.text.units import Language, clean
 from config import Settings, load_settings, pick
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     from augcon.llm.client import LLM, Endpoint  # slow: not for --help
 
     started = time.monotonic()
-    queries = [query for _, listed in results.each_root(results.filtered_queries) for query in listed]
+    listed = itertools.chain.from_iterable(queries for _, queries in results.each_root(results.filtered_queries))
+    # As the readers of the data take its texts; a question by hand may have white space around it.
+    queries = [dataclasses.replace(query, text=text) for query in listed if (text := clean(query.text).strip())]
     if not queries:
         raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
     roots = {root.root: root for root in results.read_contexts()} if results.contexts.exists() else {}

@@ -216,13 +216,12 @@ def parameter_named(error: openai.APIStatusError, names: Iterable[str]) -> str:
     return ""
 
 
-def _said(error: object) -> Iterator[str]:
+def _said(error: object, depth: int = 8) -> Iterator[str]:
     """The texts in an error, those first that name a parameter; of OpenAI's form, FastAPI's, OpenRouter's or TGI's."""
     if isinstance(error, str):
         yield error
     elif isinstance(error, dict):
-        for key in ("param", "loc", "msg", "message", "detail", "error", "metadata", "raw"):
-            yield from _said(error.get(key))
-    elif isinstance(error, list):
+        error = [error.get(key) for key in ("param", "loc", "msg", "message", "detail", "error", "metadata", "raw")]
+    if isinstance(error, list) and depth:  # of what is nested deeper, nothing is meant
         for part in error:
-            yield from _said(part)
+            yield from _said(part, depth - 1)

@@ -242,8 +242,11 @@ class _Earlier:
 
 def is_of_rows(source: str) -> bool:
     """Whether a source is a file of rows, a saved dataset or on the hub, and so may have a field of questions."""
-    place = Path(source).expanduser()
-    return not (_is_folder(place) or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
+    try:
+        place = Path(source).expanduser()
+        return not (_is_folder(place) or place.suffix.lower() in {*TEXT, *MIME, ARCHIVE})
+    except (OSError, RuntimeError):
+        return True  # why it is no path is told when it is read
 
 
 def _named(file: str, row: int | None) -> str:

@@ -90,7 +90,14 @@ def read_rows(
     dataset = _open_dataset(what, source, path, split)
     _check_fields(what, fields, dataset.column_names, advice)
     wanted = [*fields, *(_values(dataset, fields) if further else ())]
-    return iter(dataset.select_columns(wanted) if wanted else dataset)
+    return _rows(what, dataset.select_columns(wanted) if wanted else dataset)
+
+
+def _rows(what: str, dataset: "datasets.Dataset") -> Iterator[Row]:
+    try:
+        yield from dataset
+    except UnicodeDecodeError as error:  # found only when the text is looked at
+        raise UserError(f"{what} is not in UTF-8; convert it first, for instance with iconv") from error
 
 
 def is_dataset(folder: Path) -> bool:
@@ -141,7 +148,7 @@ def _read_json_line(line: bytes) -> Row:
 def _check_fields(what: str, fields: Iterable[str], there: list[str], advice: str) -> None:
     for field in fields:
         if field not in there:
-            offered = ", ".join(repr(name) for name in there[:20]) or "none"
+            offered = ", ".join(f"{name!r:.40}" for name in there[:20]) or "none"
             raise UserError(f"{what} has no field {field!r}; its fields are: {offered}; {advice}")
 
 

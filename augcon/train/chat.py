@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,10 +59,18 @@ class ChatEncoder:
 
     def rendered(self, pair: Pair) -> tuple[str, str]:
         """The text that asks for the answer, and the text with the answer."""
-        asked = [{"role": "user", "content": pair.question}]
-        whole = [*asked, {"role": "assistant", "content": pair.answer}]
+        asked = [{"role": "user", "content": self._marks.sub(r"\g<0> ", pair.question)}]
+        whole = [*asked, {"role": "assistant", "content": self._marks.sub(r"\g<0> ", pair.answer)}]
         prompt: str = self.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return prompt, self.tokenizer.apply_chat_template(whole, tokenize=False)
+
+    @functools.cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """The first character of each control mark of the tokenizer. A space behind it makes the mark plain text."""
+        known = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        grouped = itertools.groupby(sorted(mark for mark in known if len(mark) > 1), lambda mark: mark[0])
+        rest = ((first, "|".join(re.escape(mark[1:]) for mark in marks)) for first, marks in grouped)
+        return re.compile("|".join(f"{re.escape(first)}(?={marks})" for first, marks in rest) or "(?!)")
 
 
 def load_encoder(tokenizer: transformers.PreTrainedTokenizerBase, base: Path, max_tokens: int) -> ChatEncoder:

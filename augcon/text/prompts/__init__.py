@@ -162,7 +162,8 @@ class Prompts(_Section):
         return _turns(instruction, [*turns, self._numbered(sentences, first, end, title)])
 
     def _numbered(self, sentences: Sequence[str], first: int, end: int, title: str = "") -> str:
-        listed = "\n".join(f"[{number}] {sentence.strip()}" for number, sentence in enumerate(sentences, 1))
+        numbered = enumerate((re.sub(r"\n(?=\[\d+\])", "\n ", sentence.strip()) for sentence in sentences), 1)
+        listed = "\n".join(f"[{number}] {sentence}" for number, sentence in numbered)
         focus = f"[{first + 1}]" if end - first == 1 else f"[{first + 1}]–[{end}]"
         return f"{self._context(listed, title)}\n\n{self.line(self.labels.focus, focus)}"
 
@@ -175,7 +176,7 @@ class Prompts(_Section):
         """
         turns = []
         for example in examples:
-            turns += [self._ask(example.context, example.question), example.answer]
+            turns += [self._ask(example.context, example.question), self._harmless(example.answer)]
         return _turns(self.answer.instruction, [*turns, self._ask(context, question, focus, title)])
 
     def reading(self, context: str, question: str) -> str:
@@ -243,14 +244,20 @@ class Prompts(_Section):
 
     def _context(self, context: str, title: str = "") -> str:
         """A text, below its title unless it holds that itself."""
-        above = f"{self.line(self.labels.title, disarm(title))}\n\n" if title and title not in context else ""
-        # A paragraph that begins as a part of a prompt does would look like the next example to a base model.
-        parts = "|".join(map(re.escape, (self.labels.title, self.labels.context, self.labels.question)))
-        one = re.sub(rf"(?<=\n\n)(?=(?:{parts})[:：])", " ", disarm(context))
-        return f"{above}{self.line(self.labels.context, '').rstrip()}\n{one}"
+        above = f"{self.line(self.labels.title, self._harmless(title))}\n\n" if title and title not in context else ""
+        return f"{above}{self.line(self.labels.context, '').rstrip()}" + self._harmless("\n" + context)
 
     def _lines(self, *parts: tuple[str, str]) -> str:
-        return "\n\n".join(self.line(label, disarm(content)) for label, content in parts)
+        return "\n\n".join(self.line(label, self._harmless(content)) for label, content in parts)
+
+    def _harmless(self, text: str) -> str:
+        """A text that can be inserted: without control marks, and without paragraphs that begin as a part of a prompt.
+
+        A base model would take those for the next example, and a judge for another answer. A space sets them off.
+        """
+        one_each = self.labels.model_dump(exclude={"halves"}).values()
+        parts = "|".join(map(re.escape, (*one_each, *self.labels.halves, *self.judge.answers)))
+        return re.sub(rf"(?:\A|(?<=\n\n))(?=(?:{parts})[:：])", " ", disarm(text))
 
     def _ask(self, context: str, question: str, focus: str = "", title: str = "") -> str:
         part = [(self.labels.focus, focus)] if focus.strip() not in ("", context.strip()) else []
@@ -278,11 +285,16 @@ def as_text(messages: list[Message]) -> str:
 
 
 # Servers take such marks in a message for the real ones: a text could end its own turn and speak as the system, or open
-# a thinking block. A space inside makes them plain text.
+# a thinking block. A space inside makes them plain text. Marks that no turn, role or tool begins or ends with, such as
+# [MASK] or <filename>, are left: texts use them for other things.
 _TEMPLATE_MARK = re.compile(
-    r"<(?=[|｜]|/?(?:s|bos|eos|sop|eop|pad|unk|think|thinking|start_of_turn|end_of_turn|tool_call|tool_response)>"
-    r"|</?SYS>>)"
-    r"|\[(?=/?(?:INST|THINK|TOOL_CALLS|TOOL_RESULTS|AVAILABLE_TOOLS|SYSTEM_PROMPT|gMASK|sMASK)\])"
+    r"<(?=[|｜]|[a-z_]{1,30}\|>|</?SYS>>|/?(?:"
+    r"s|bos|eo[adhps]|sop|pad|unk|think|thinking|tool_(?:call|response)s?|(?:start|end|begin(?:ning)?)_of_[a-z_]{1,30}"
+    r"|fim_[a-z]{1,10}|file_sep|repo_name|(?:unused|reserved_|extra_id_|SPECIAL_)\d{1,4}|(?:BOS|EOS|EOP)_TOKEN"
+    r"|(?:seed|minimax):[a-z_]{1,30})>)"
+    r"|\[(?=/?(?:INST|THINK|TOOL_(?:CALLS|RESULTS|CONTENT)|AVAILABLE_TOOLS|SYSTEM_PROMPT|MODEL_SETTINGS|[gs]MASK"
+    r"|BOS|EOS|EOT|unused\d{1,4}|\|[a-z]{1,20}\|)\]|e~\[)"
+    r"|\](?=~!?b[\[\]]|<\])"
 )
 
 
