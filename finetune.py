@@ -215,8 +215,8 @@ def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]])
         copy = Record(folder)
         copy.begin(STAGE, inputs.made_with, made=[], redo=False)
         copy.finish(STAGE, **facts)
-    output.record.finish(STAGE, **facts)
     shutil.rmtree(output.checkpoints / ENCODED)
+    output.record.finish(STAGE, **facts)
     if losses:
         seen = f"; held out, from the start on: {' '.join(f'{loss:.3f}' for loss in held_out)}" if held_out else ""
         print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")

@@ -137,6 +137,7 @@ def train_and_score(
         weights = on_main(lambda: scorer.save(model, results.scorer))
         facts = Facts(base, weights, words, before, after, speed)
         on_main(lambda: record_scorer(results, facts))
+    on_main(lambda: shutil.rmtree(results.scorer_checkpoints, ignore_errors=True))
     print_accuracy(facts)
     kept = KeptScores(results.scores_parts / facts.digest)
     listed = (query for _, queries in results.each_root(results.queries) for query in queries)
@@ -171,9 +172,8 @@ def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Fac
 
 
 def record_scorer(results: Results, facts: Facts) -> None:
-    """Records the new scorer, and removes its checkpoints and the scores of another one."""
+    """Records the new scorer, and removes the scores of another one."""
     results.record.finish("scorer", **dataclasses.asdict(facts))
-    shutil.rmtree(results.scorer_checkpoints, ignore_errors=True)
     shutil.rmtree(results.scores_parts, ignore_errors=True)
 
 

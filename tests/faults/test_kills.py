@@ -29,7 +29,7 @@ ASKING = ("step 1", "step 3", "inference", "judge")
 TRAINING = ("step 2", "finetune")
 SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
 OF_RANKS = (*SIGNALS, "SIGKILL of a rank")
-TWO_RANKS = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "0"]
+TWO_RANKS = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "{port}"]
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 STEP_1 = ("contexts.jsonl", "articles.jsonl", "skipped.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
 STEP_3 = ("sft_data", "sft_origins.jsonl", "dropped_queries.jsonl", "example_search.json")
@@ -37,11 +37,17 @@ IN_FLIGHT = 8
 
 
 @pytest.fixture(scope="module")
-def slow_engine() -> Iterator[Engine]:
-    """A server whose replies take their time, so that many are under way at any moment."""
-    server = demo_engine(latency=0.1)
-    yield server
-    server.stop()
+def engines() -> Iterator[Callable[[float], Engine]]:
+    """Servers whose replies take so many seconds, so that requests are under way at most moments."""
+    known: dict[float, Engine] = {}
+
+    def engine(latency: float) -> Engine:
+        known[latency] = known.get(latency) or demo_engine(latency=latency)
+        return known[latency]
+
+    yield engine
+    for server in known.values():
+        server.stop()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ Scripts = Callable[[str], Script]
 
 @pytest.fixture(scope="module")
 def scripts(
-    slow_engine: Engine, engine: Engine, base: Path, tmp_path_factory: pytest.TempPathFactory
+    engines: Callable[[float], Engine], base: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Scripts]:
     """Every script by its name, with what it makes when nothing happens to it; made when it is first asked for."""
     folder, mark, known = tmp_path_factory.mktemp("kills"), Mark(), dict[str, Script]()
@@ -66,16 +72,18 @@ def scripts(
             known[name] = undisturbed(MAKE[name](), folder / name, mark)
         return known[name]
 
-    def asking(file: str, *flags: object) -> list[str]:
-        slowly = ["--api-base", slow_engine.api, "--max-in-flight", IN_FLIGHT, *flags]
-        return [sys.executable, file, "--results", "{}", *map(str, slowly)]
+    def asking(file: str, latency: float, prepared: Path | None, names: tuple[str, ...], *flags: object) -> Script:
+        server = engines(latency)
+        slowly = ["--api-base", server.api, "--max-in-flight", IN_FLIGHT, *flags]
+        command = [sys.executable, file, "--results", "{}", *map(str, slowly)]
+        return Script(command, prepared, names, asks=server, in_flight=IN_FLIGHT)
 
     def step_1() -> Script:
         corpus = folder / "two.jsonl"
         articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:3:2]
         corpus.write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
-        command = asking("step1_gen_q.py", "--corpus", corpus, "--negatives", 20)
-        return Script(command, None, (*STEP_1, "scorer_pairs", "run.json"), "", slow_engine, IN_FLIGHT)
+        names = (*STEP_1, "scorer_pairs", "run.json")
+        return asking("step1_gen_q.py", 0.04, None, names, "--corpus", corpus, "--negatives", 20)
 
     def step_2() -> Script:
         command = [*TWO_RANKS, "step2_scorer.py", "--results", "{}", "--scorer-model", base, "--max-refills", 0]
@@ -92,16 +100,16 @@ def scripts(
         kept = json.loads((prepared / "queries.json").read_text())
         kept = {root: queries[:20] for root, queries in kept.items()}
         (prepared / "filtered_queries.json").write_text(json.dumps(kept))
-        return Script(asking("step3_gen_a.py"), prepared, (*STEP_3, "run.json"), "", slow_engine, IN_FLIGHT)
+        return asking("step3_gen_a.py", 0.04, prepared, (*STEP_3, "run.json"))
 
     def inference() -> Script:
-        return Script(asking("inference.py"), None, ("outputs",), "", slow_engine, IN_FLIGHT)
+        return asking("inference.py", 0.25, None, ("outputs",))
 
     def judge() -> Script:
         questions = [f"第{n}个问题是什么？" for n in range(40)]
         outputs = [str(outputs_in(folder / name, questions, name)) for name in ("好", "更好")]
-        command = asking("judge.py", "--outputs", ",".join(outputs))
-        return Script(command, None, ("judge.jsonl", "judge.json"), "", slow_engine, IN_FLIGHT)
+        names = ("judge.jsonl", "judge.json")
+        return asking("judge.py", 0.25, None, names, "--outputs", ",".join(outputs))
 
     def finetune() -> Script:
         rows = [json.loads(line) for line in (ROOT / "qa_examples.jsonl").read_text().splitlines()]
@@ -120,7 +128,7 @@ def scripts(
         config = transformers.AutoConfig.from_pretrained(base)
         config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 4096, 8
         config.num_attention_heads = 16
-        config.num_key_value_heads = 8
+        config.num_key_value_heads, config.layer_types = 8, ["full_attention"] * 8
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         (large / "model.safetensors").unlink()
         model.save_pretrained(large, max_shard_size="20MB")
@@ -132,7 +140,13 @@ def scripts(
         command = [sys.executable, "merge.py", "--results", "{}", "--base", str(large), "--quantize", "nf4"]
         return Script(command, prepared, ("sft_model",), environment=ON_CPU)
 
+    def augcon() -> Script:
+        script("step 1")
+        command = ["bash", "augcon.sh", "--corpus", str(folder / "two.jsonl"), "--results", "{}", "--negatives", "30"]
+        return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"), tolerance=1e-3)
+
     MAKE = {
+        "augcon": augcon,
         "step 1": step_1,
         "step 2": step_2,
         "step 3": step_3,
@@ -168,6 +182,12 @@ def test_merging(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "how", "seed"), kills(TRAINING, OF_RANKS, {"SIGKILL": 5}, 5))
 def test_a_training(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
+    check(scripts(name), how, seed, tmp_path, mark)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "how", "seed"), kills(("augcon",), SIGNALS, {"SIGKILL": 0}, 3))
+def test_the_whole_command(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
 
 
