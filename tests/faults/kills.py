@@ -1,6 +1,7 @@
 """Kills a script at a random moment, runs the same command again, and says what came of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -21,15 +22,16 @@ from standins import Mark
 
 Made = dict[str, Any]  # by name, the content of each result that is there
 TORN = "cannot be read"
-_OF_A_RUN = re.compile("speed|runtime|per_second")  # what a kill may change
+OF_A_RUN = re.compile("speed|runtime|per_second")  # figures that are a run's own
+OF_RUNS = ("replies.sqlite-", "server.log")  # files that are there or not
 
 
 @dataclasses.dataclass
 class Script:
-    """A command, what it starts from, and what it makes; ``{}`` in the command is the results folder.
+    """A command, what it starts from and makes; in it, {} is the results folder and {port} a port that is free.
 
-    ``word`` is how its processes are told from their launcher's; ``asks`` is the server, and ``in_flight`` the most
-    requests that it has under way there. Numbers of two runs may differ by the ``tolerance``.
+    ``word`` tells its ranks from their launcher; ``asks`` is its server, which has at most ``in_flight`` requests under
+    way. Numbers of two runs may differ by the ``tolerance``. From ``whole`` on, what an undisturbed run comes to.
     """
 
     command: list[str]
@@ -45,10 +47,70 @@ class Script:
     calls: int = 0
     seconds: float = 0
 
+    def prepare(self, folder: Path) -> None:
+        if self.prepared:
+            shutil.copytree(self.prepared, folder)
+
+    def start(self, folder: Path, mark: Mark) -> "Run":
+        folder.mkdir(exist_ok=True)
+        said = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.said")
+        command = [part.replace("{}", str(folder)).replace("{port}", str(free_port())) for part in self.command]
+        with said.open("w") as output:
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**mark.environment, **self.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # if the tests ignore it
+            )
+        return Run(process, said)
+
+    def calls_so_far(self) -> int:
+        """How many requests the server has answered, once it has none under way."""
+        if not self.asks:
+            return 0
+        while any(self.asks.metric(f"vllm:num_requests_{state}") for state in ("running", "waiting")):
+            time.sleep(0.05)
+        return int(self.asks.metric("vllm:request_success_total"))
+
+    def undisturbed(self, folder: Path, mark: Mark) -> "Script":
+        """Learns what the script makes, asks and takes when nothing happens to it."""
+        self.prepare(folder)
+        before, began = self.calls_so_far(), time.monotonic()
+        run = self.start(folder, mark)
+        assert run.process.wait(500) == 0, run.text()
+        self.seconds = time.monotonic() - began
+        self.calls = self.calls_so_far() - before
+        self.whole, self.there = self.made(folder), names_in(folder)
+        assert self.whole.keys() == set(self.names) and TORN not in map(str, self.whole.values())
+        return self
+
+    def reach(self, run: "Run", share: float, by_calls: bool) -> None:
+        """Waits for a moment: a share of the time that the script takes or, however busy the machine, of its calls."""
+        began, server = time.monotonic(), self.asks if by_calls else None
+        before = server.metric("vllm:request_success_total") if server else 0
+        while run.process.poll() is None:
+            if server and server.metric("vllm:request_success_total") - before >= share * self.calls:
+                return
+            if not server and time.monotonic() - began >= share * self.seconds:
+                return
+            time.sleep(0.02)
+
+    def made(self, folder: Path) -> Made:
+        """The content of those results that are there."""
+        return {name: _read(folder / name) for name in self.names if (folder / name).exists()}
+
+    def others(self, made: Made) -> list[str]:
+        """The results that are not as those of the undisturbed run."""
+        return [name for name, value in made.items() if not alike(value, self.whole[name], self.tolerance)]
+
 
 @dataclasses.dataclass
 class Run:
-    """One run of a script, in a session of its own, with its output in a file that no orphan keeps open."""
+    """A run of a script, in a session of its own, with its output in a file that no orphan keeps open."""
 
     process: "subprocess.Popen[bytes]"
     said: Path
@@ -56,126 +118,58 @@ class Run:
     def text(self) -> str:
         return self.said.read_text(errors="replace")
 
-
-def start(script: Script, folder: Path, mark: Mark) -> Run:
-    folder.mkdir(exist_ok=True)
-    said = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.said")
-    command = [part.replace("{}", str(folder)).replace("{port}", str(free_port())) for part in script.command]
-    with said.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**mark.environment, **script.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    return Run(process, said)
+    def kill(self, how: str, word: str, mark: Mark) -> None:
+        """Sends the signal: Ctrl-C to the whole group, as a terminal does, the others to one process."""
+        if how == "Ctrl-C":
+            os.killpg(self.process.pid, signal.SIGINT)
+        elif how == "SIGKILL of a rank":
+            lines = {process: process.cmdline()[:4] for process in mark.processes()}
+            ranks = [rank for rank, line in lines.items() if any(part == word for part in line)]
+            for rank in ranks[-1:]:
+                rank.kill()
+        else:
+            self.process.send_signal(getattr(signal, how))
 
 
-def prepare(script: Script, folder: Path) -> Path:
-    if script.prepared:
-        shutil.copytree(script.prepared, folder)
-    return folder
+def kill_and_run_again(script: Script, folder: Path, how: str, seed: int, mark: Mark) -> tuple[str, list[str]]:
+    """What happened, in words, and what of it is not as promised.
 
-
-def calls_of(script: Script) -> int:
-    """How many requests the server has answered, once it has none under way."""
-    if not script.asks:
-        return 0
-    while script.asks.metric("vllm:num_requests_running") + script.asks.metric("vllm:num_requests_waiting"):
-        time.sleep(0.05)
-    return int(script.asks.metric("vllm:request_success_total"))
-
-
-def undisturbed(script: Script, folder: Path, mark: Mark) -> Script:
-    """The same script, with what it makes, asks and takes when nothing happens to it."""
-    before, began = calls_of(script), time.monotonic()
-    run = start(script, prepare(script, folder), mark)
-    assert run.process.wait(500) == 0, run.text()
-    script.seconds = time.monotonic() - began
-    script.calls = calls_of(script) - before
-    script.whole, script.there = made(folder, script.names), names_in(folder)
-    assert script.whole and not any(value is TORN for value in script.whole.values())
-    return script
-
-
-def kill(run: Run, how: str, word: str, mark: Mark) -> None:
-    """Sends the signal: Ctrl-C to the whole group, as a terminal does, the others to one process."""
-    if how == "Ctrl-C":
-        os.killpg(run.process.pid, signal.SIGINT)
-    elif how == "SIGKILL of a rank":
-        ranks = [
-            process for process in mark.processes() if "deepspeed" not in " ".join(process.cmdline()[:6])
-            and any(part.endswith(word) for part in process.cmdline()[:4])
-        ]
-        for rank in ranks[-1:]:
-            rank.kill()
-    else:
-        run.process.send_signal(getattr(signal, how))
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What a kill and the run after it came to; ``faults`` is empty where all is as promised."""
-
-    words: str
-    faults: list[str]
-
-
-def kill_and_run_again(script: Script, folder: Path, how: str, seed: int, mark: Mark) -> Outcome:
-    """One round. Every fourth seed kills twice."""
-    moments, faults, kills, moment_of = random.Random(seed), [], 0, []
-    prepare(script, folder)
-    before = calls_of(script)
-    statuses = []
+    Odd seeds choose a moment among the calls, even ones in time. Every fourth seed kills twice.
+    """
+    moments, faults, killed = random.Random(seed), [], []
+    script.prepare(folder)
+    before = script.calls_so_far()
     for _ in range(2 if seed % 4 == 3 else 1):
-        moment = moments.uniform(0, script.seconds)
-        run = start(script, folder, mark)
-        try:
-            run.process.wait(moment)
-        except subprocess.TimeoutExpired:
-            kill(run, how, script.word, mark)
-            kills += 1
+        run, share = script.start(folder, mark), moments.random()
+        script.reach(run, share, by_calls=seed % 2 == 1)
+        if run.process.poll() is None:
+            run.kill(how, script.word, mark)
             began = time.monotonic()
-            run.process.wait(90)
-            took = time.monotonic() - began
-            if not mark.all_end(30):
-                faults.append(f"orphans: {mark.alive()}")
-                mark.end()
-            moment_of.append(f"{moment:.2f} s (ended in {took:.1f} s)")
-            statuses.append(run.process.returncode)
+            faults += left_behind(mark, 60)
+            run.process.wait(30)
             faults += misbehaved(script, run, how)
-        torn = {
-            name: value for name, value in made(folder, script.names).items()
-            if name != "run.json" and not alike(value, script.whole[name], script.tolerance)
-        }
-        if torn:
-            faults.append(f"not whole: {sorted(torn)}")
-    last = start(script, folder, mark)
-    try:
-        status = last.process.wait(500)
-    except subprocess.TimeoutExpired:
-        status = "none in 500 s"
-    if status != 0:
-        faults.append(f"the next run ended with {status}: {last.text()[-1500:]}")
-    if not mark.all_end(20):
-        faults.append(f"orphans of the next run: {mark.alive()}")
-        mark.end()
-    repeated = calls_of(script) - before - script.calls
-    if repeated > kills * script.in_flight:
-        faults.append(f"{repeated} calls repeated after {kills} kills with {script.in_flight} in flight")
-    if repeated < 0:
-        faults.append(f"{-repeated} calls fewer than undisturbed")
-    again = made(folder, script.names)
-    different = [name for name in script.whole if not alike(again.get(name), script.whole[name], script.tolerance)]
-    if different:
-        faults.append(f"other results: {different}")
-    if names_in(folder) != script.there:
-        faults.append(f"other files: {sorted(names_in(folder) ^ script.there)}")
-    words = f"{how}, seed {seed}: at {', '.join(moment_of) or 'no moment'} of {script.seconds:.1f} s, status {statuses}, {repeated} calls repeated"
-    return Outcome(words, faults)
+            killed.append(f"{share:.0%} (status {run.process.returncode} after {time.monotonic() - began:.1f} s)")
+        torn = script.others({name: of for name, of in script.made(folder).items() if name != "run.json"})
+        faults += [f"{name} is not whole" for name in torn]
+    last = script.start(folder, mark)
+    if last.process.wait(500) != 0:
+        faults.append(f"the next run ends with {last.process.returncode}: …{last.text()[-2000:]}")
+    faults += left_behind(mark, 20)
+    repeated = script.calls_so_far() - before - script.calls
+    if not 0 <= repeated <= len(killed) * script.in_flight:
+        faults.append(f"{repeated} calls repeated, of {script.in_flight} in flight at each kill")
+    made = script.made(folder)
+    faults += [f"{name} is another" for name in script.others(made)]
+    faults += [f"{name} is in one folder only" for name in names_in(folder) ^ script.there]
+    at = ", ".join(killed) or "no moment"
+    return f"{how}, seed {seed}: at {at} of {script.seconds:.0f} s, {script.calls} calls; {repeated} repeated", faults
+
+
+def left_behind(mark: Mark, patience: float) -> list[str]:
+    """The processes that are still there; they are ended."""
+    left = [] if mark.all_end(patience) else mark.alive()
+    mark.end()
+    return [f"left behind: {line}" for line in left]
 
 
 def misbehaved(script: Script, run: Run, how: str) -> list[str]:
@@ -195,42 +189,31 @@ def misbehaved(script: Script, run: Run, how: str) -> list[str]:
 
 
 def names_in(folder: Path) -> frozenset[str]:
-    """What lies in the results folder, but for SQLite's own files."""
-    left_out = ("replies.sqlite-", "server.log")
+    """All that lies in a results folder."""
     names = (str(path.relative_to(folder)) for path in folder.rglob("*"))
-    return frozenset(name for name in names if not name.startswith(left_out))
-
-
-def made(folder: Path, names: tuple[str, ...]) -> Made:
-    """The content of those results that are there; TORN where one cannot be read."""
-    found = {}
-    for name in names:
-        path = folder / name
-        if path.exists():
-            try:
-                found[name] = _read(path)
-            except Exception:
-                found[name] = TORN
-    return found
+    return frozenset(name for name in names if not name.startswith(OF_RUNS))
 
 
 def _read(path: Path) -> Any:
-    if path.is_dir() and list(path.glob("*.safetensors")):
-        return {file.name: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-    if path.is_dir():
-        return datasets.load_from_disk(path).to_list()
-    text = path.read_text(encoding="utf-8")
-    return json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines()))
+    try:
+        if path.is_dir() and (weights := sorted(path.glob("*.safetensors"))):
+            return {file.name: load_file(file) for file in weights}
+        if path.is_dir():
+            return datasets.load_from_disk(path).to_list()
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines()))
+    except Exception:
+        return TORN
 
 
 def alike(one: Any, other: Any, tolerance: float) -> bool:
-    """Whether two results are the same, but for what a kill may change."""
+    """Whether two results are the same, but for the figures of a run."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=tolerance)
     if isinstance(one, dict) and isinstance(other, dict):
-        names = [name for name in one if not _OF_A_RUN.search(name)]
-        rest = [name for name in other if not _OF_A_RUN.search(name)]
-        return names == rest and all(alike(one[name], other[name], tolerance) for name in names)
+        names = [name for name in one if not OF_A_RUN.search(name)]
+        same = names == [name for name in other if not OF_A_RUN.search(name)]
+        return same and all(alike(one[name], other[name], tolerance) for name in names)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(alike, one, other, itertools.repeat(tolerance)))
     if isinstance(one, float) and isinstance(other, float):

@@ -8,9 +8,12 @@ way. Times, and figures of calls and of speed, are a run's own.
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import datasets
 import peft
@@ -18,18 +21,14 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, Engine, demo_engine, outputs_in
-from conftest import run as run_script
-from kills import Script, kill_and_run_again, undisturbed
+from kills import Script, kill_and_run_again
 from standins import Mark
 
 from augcon.demo.tiny_model import make_tiny_model
 from augcon.train.base import lora
 
-ASKING = ("step 1", "step 3", "inference", "judge")
-TRAINING = ("step 2", "finetune")
 SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
-OF_RANKS = (*SIGNALS, "SIGKILL of a rank")
-TWO_RANKS = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "{port}"]
+NIGHTLY = pytest.mark.nightly
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 STEP_1 = ("contexts.jsonl", "articles.jsonl", "skipped.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
 STEP_3 = ("sft_data", "sft_origins.jsonl", "dropped_queries.jsonl", "example_search.json")
@@ -69,7 +68,7 @@ def scripts(
 
     def script(name: str) -> Script:
         if name not in known:
-            known[name] = undisturbed(MAKE[name](), folder / name, mark)
+            known[name] = recipes[name]().undisturbed(folder / name, mark)
         return known[name]
 
     def asking(file: str, latency: float, prepared: Path | None, names: tuple[str, ...], *flags: object) -> Script:
@@ -77,6 +76,15 @@ def scripts(
         slowly = ["--api-base", server.api, "--max-in-flight", IN_FLIGHT, *flags]
         command = [sys.executable, file, "--results", "{}", *map(str, slowly)]
         return Script(command, prepared, names, asks=server, in_flight=IN_FLIGHT)
+
+    def ranks(file: str, prepared: Path, names: tuple[str, ...], *flags: object) -> Script:
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "{port}"]
+        command = [*launcher, file, "--results", "{}", *map(str, flags)]
+        return Script(command, prepared, names, file, tolerance=1e-3, environment=ON_CPU)
+
+    def after_step_1(name: str) -> Path:
+        script("step 1")
+        return shutil.copytree(folder / "step 1", folder / name)
 
     def step_1() -> Script:
         corpus = folder / "two.jsonl"
@@ -86,17 +94,13 @@ def scripts(
         return asking("step1_gen_q.py", 0.04, None, names, "--corpus", corpus, "--negatives", 20)
 
     def step_2() -> Script:
-        command = [*TWO_RANKS, "step2_scorer.py", "--results", "{}", "--scorer-model", base, "--max-refills", 0]
-        command += ["--scorer-epochs", 2, "--scorer-batch", 4, "--scorer-learning-rate", "3e-3"]
+        command = ["--scorer-model", base, "--max-refills", 0, "--scorer-epochs", 2]
+        command += ["--scorer-batch", 4, "--scorer-learning-rate", "3e-3"]
         names = ("scorer", "scores.jsonl", "filtered_queries.json", "run.json")
-        ranks = "step2_scorer.py"
-        prepared = folder / "for step 2"
-        shutil.copytree(folder / "step 1", prepared) if script("step 1") else None
-        return Script(list(map(str, command)), prepared, names, ranks, tolerance=1e-3, environment=ON_CPU)
+        return ranks("step2_scorer.py", after_step_1("for step 2"), names, *command)
 
     def step_3() -> Script:
-        script("step 1")
-        prepared = shutil.copytree(folder / "step 1", folder / "for step 3")
+        prepared = after_step_1("for step 3")
         kept = json.loads((prepared / "queries.json").read_text())
         kept = {root: queries[:20] for root, queries in kept.items()}
         (prepared / "filtered_queries.json").write_text(json.dumps(kept))
@@ -116,82 +120,101 @@ def scripts(
         pairs = {name: [row[name] for row in rows] * 5 for name in ("question", "answer")}
         prepared = folder / "for finetune"
         datasets.Dataset.from_dict(pairs).save_to_disk(prepared / "sft_data")
-        command = [*TWO_RANKS, "finetune.py", "--results", "{}", "--model", base, "--epochs", 3, "--held-out", 0.1]
-        names = ("LoRA", "log.json", "run.json")
-        return Script(
-            list(map(str, command)), prepared, names, "finetune.py", tolerance=1e-3, environment=ON_CPU
-        )
+        flags = ("--model", base, "--epochs", 3, "--held-out", 0.1)
+        return ranks("finetune.py", prepared, ("LoRA", "log.json", "run.json"), *flags)
 
     def merge() -> Script:
-        large, prepared = folder / "large", folder / "for merge"
-        shutil.copytree(base, large)
-        config = transformers.AutoConfig.from_pretrained(base)
-        config.hidden_size, config.intermediate_size, config.num_hidden_layers = 1024, 4096, 8
-        config.num_attention_heads = 16
-        config.num_key_value_heads, config.layer_types = 8, ["full_attention"] * 8
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        """A model that takes some seconds, with an adapter of some changes."""
+        large, prepared = shutil.copytree(base, folder / "large"), folder / "for merge"
         (large / "model.safetensors").unlink()
+        config = transformers.AutoConfig.from_pretrained(base)
+        config.update({"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256})
+        config.update({"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8})
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(large, max_shard_size="20MB")
         tuned = peft.get_peft_model(model, lora("CAUSAL_LM"))
-        for name, weight in tuned.named_parameters():
+        for name, weights in tuned.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.01)
+                torch.nn.init.normal_(weights, std=0.01)
         tuned.save_pretrained(prepared / "LoRA")
         command = [sys.executable, "merge.py", "--results", "{}", "--base", str(large), "--quantize", "nf4"]
-        return Script(command, prepared, ("sft_model",), environment=ON_CPU)
+        return Script(command, prepared, ("sft_model",))
 
     def augcon() -> Script:
         script("step 1")
         command = ["bash", "augcon.sh", "--corpus", str(folder / "two.jsonl"), "--results", "{}", "--negatives", "30"]
         return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"), tolerance=1e-3)
 
-    MAKE = {
-        "augcon": augcon,
-        "step 1": step_1,
-        "step 2": step_2,
-        "step 3": step_3,
-        "inference": inference,
-        "judge": judge,
-        "finetune": finetune,
-        "merge": merge,
-    }
+    recipes = {"step 1": step_1, "step 2": step_2, "step 3": step_3, "inference": inference, "judge": judge}
+    recipes |= {"finetune": finetune, "merge": merge, "augcon": augcon}
     yield script
     mark.end()
 
 
-def kills(names: tuple[str, ...], signals: tuple[str, ...], short: dict[str, int], long: int) -> list:
-    """A case for each script, signal and seed; those of the ``short`` version have the seed given for the signal."""
+def rounds(short: dict[str, tuple[tuple[str, ...], int]], signals: tuple[str, ...], long: int) -> list[Any]:
+    """So many seeds for each script and signal; by script, the signals of the short version and the seed there."""
     return [
-        pytest.param(name, how, seed, id=f"{name}-{how}-{seed}", marks=() if short.get(how) == seed else pytest.mark.nightly)
-        for name in names
+        pytest.param(name, how, seed, id=f"{name}-{how}-{seed}", marks=() if seed == at and how in few else NIGHTLY)
+        for name, (few, at) in short.items()
         for how in signals
         for seed in range(long)
     ]
 
 
-@pytest.mark.parametrize(("name", "how", "seed"), kills(ASKING, SIGNALS, {"SIGKILL": 3, "SIGTERM": 5, "Ctrl-C": 6}, 20))
+ASKING = {
+    "step 1": (SIGNALS, 3),
+    "step 3": (("SIGKILL",), 3),
+    "inference": (("SIGTERM",), 5),
+    "judge": (("Ctrl-C",), 5),
+}
+TRAINING = {"step 2": ((), 0), "finetune": (("SIGKILL",), 5)}
+
+
+@pytest.mark.parametrize(("name", "how", "seed"), rounds(ASKING, SIGNALS, 20))
 def test_a_script_that_asks(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
 
 
-@pytest.mark.parametrize(("name", "how", "seed"), kills(("merge",), SIGNALS, {"SIGKILL": 5}, 20))
+@pytest.mark.parametrize(("name", "how", "seed"), rounds({"merge": (("SIGKILL",), 5)}, SIGNALS, 20))
 def test_merging(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "how", "seed"), kills(TRAINING, OF_RANKS, {"SIGKILL": 5}, 5))
+@pytest.mark.parametrize(("name", "how", "seed"), rounds(TRAINING, (*SIGNALS, "SIGKILL of a rank"), 6))
 def test_a_training(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "how", "seed"), kills(("augcon",), SIGNALS, {"SIGKILL": 0}, 3))
+@pytest.mark.parametrize(("name", "how", "seed"), rounds({"augcon": (("SIGKILL",), 5)}, SIGNALS, 6))
 def test_the_whole_command(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
 
 
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_no_rank_outlives_the_deepspeed_command(tmp_path: Path, mark: Mark, how: str):
+    """In DeepSpeed's place, a command and a helper that start each other and the rank in the same way."""
+    rank = """
+import time
+from augcon.train.ranks import report_once
+print("here", flush=True)
+report_once(lambda: time.sleep(100))()
+"""
+    starts = "import subprocess, sys; sys.exit(subprocess.Popen([sys.executable, *sys.argv[1:]]).wait())"
+    for name, code in {"deepspeed": starts, "helper": starts, "rank": rank}.items():
+        (tmp_path / name).write_text(code)
+    chain = [sys.executable, *(str(tmp_path / name) for name in ("deepspeed", "helper", "rank"))]
+    environment = {**mark.environment, "LOCAL_SIZE": "2", "WORLD_SIZE": "2"}
+    process = subprocess.Popen(chain, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline() == b"here\n"
+    assert not mark.all_end(2)
+    process.send_signal(getattr(signal, how))
+    process.wait()
+    assert mark.all_end(20), mark.alive()
+
+
 def check(script: Script, how: str, seed: int, folder: Path, mark: Mark) -> None:
-    outcome = kill_and_run_again(script, folder / "r", how, seed, mark)
-    print(f"\nKILL {script.command[script.command.index('--results') - 1]}, {outcome.words}; {outcome.faults or 'all the same'}")
-    assert not outcome.faults, outcome
+    words, faults = kill_and_run_again(script, folder / "r", how, seed, mark)
+    print(f"\n{script.command[script.command.index('--results') - 1]}, {words}; {faults or 'the same'}")
+    assert not faults, words
