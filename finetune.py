@@ -134,8 +134,7 @@ def is_done(settings: Settings, output: Results, made_with: dict[str, Any]) -> b
     if facts is not None and output.lora.exists():
         output.record.finish(STAGE, **facts)
         return True
-    if not output.record.begin(STAGE, made_with, output.made(STAGE), settings.redo):
-        shutil.rmtree(output.checkpoints, ignore_errors=True)  # of another training
+    output.record.begin(STAGE, made_with, output.made(STAGE), settings.redo, stale=[output.checkpoints])
     return False
 
 

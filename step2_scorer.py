@@ -166,8 +166,8 @@ def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Fac
     if facts and results.scorer.exists():
         results.record.finish("scorer", **facts)  # up to date again, where step 1 has made the same pairs again
         return Facts(**facts)
-    if not results.record.begin("scorer", made_with, results.made("scorer"), settings.redo):
-        shutil.rmtree(results.scorer_checkpoints, ignore_errors=True)  # of another scorer
+    stale = [results.scorer_checkpoints]
+    results.record.begin("scorer", made_with, results.made("scorer"), settings.redo, stale)
     return None
 
 

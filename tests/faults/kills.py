@@ -103,9 +103,15 @@ class Script:
         """The content of those results that are there."""
         return {name: _read(folder / name) for name in self.names if (folder / name).exists()}
 
-    def others(self, made: Made) -> list[str]:
-        """The results that are not as those of the undisturbed run."""
-        return [name for name, value in made.items() if not alike(value, self.whole[name], self.tolerance)]
+    def others(self, made: Made, than: Made) -> list[str]:
+        """The results that are other than those."""
+        return [name for name, value in made.items() if not alike(value, than.get(name), self.tolerance)]
+
+    def torn(self, folder: Path) -> list[str]:
+        """The results that are neither those of the undisturbed run nor those that were there before."""
+        made = {name: of for name, of in self.made(folder).items() if name != "run.json"}
+        others = self.others(made, self.whole)
+        return self.others({name: made[name] for name in others}, self.made(self.prepared) if self.prepared else {})
 
 
 @dataclasses.dataclass
@@ -149,8 +155,7 @@ def kill_and_run_again(script: Script, folder: Path, how: str, seed: int, mark: 
             run.process.wait(30)
             faults += misbehaved(script, run, how)
             killed.append(f"{share:.0%} (status {run.process.returncode} after {time.monotonic() - began:.1f} s)")
-        torn = script.others({name: of for name, of in script.made(folder).items() if name != "run.json"})
-        faults += [f"{name} is not whole" for name in torn]
+        faults += [f"{name} is not whole" for name in script.torn(folder)]
     last = script.start(folder, mark)
     if last.process.wait(500) != 0:
         faults.append(f"the next run ends with {last.process.returncode}: …{last.text()[-2000:]}")
@@ -159,7 +164,8 @@ def kill_and_run_again(script: Script, folder: Path, how: str, seed: int, mark: 
     if not 0 <= repeated <= len(killed) * script.in_flight:
         faults.append(f"{repeated} calls repeated, of {script.in_flight} in flight at each kill")
     made = script.made(folder)
-    faults += [f"{name} is another" for name in script.others(made)]
+    faults += [f"{name} is missing" for name in script.whole.keys() - made.keys()]
+    faults += [f"{name} is another" for name in script.others(made, script.whole)]
     faults += [f"{name} is in one folder only" for name in names_in(folder) ^ script.there]
     at = ", ".join(killed) or "no moment"
     return f"{how}, seed {seed}: at {at} of {script.seconds:.0f} s, {script.calls} calls; {repeated} repeated", faults

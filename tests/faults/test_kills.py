@@ -25,6 +25,7 @@ from kills import Script, kill_and_run_again
 from standins import Mark
 
 from augcon.demo.tiny_model import make_tiny_model
+from augcon.run.record import Record
 from augcon.train.base import lora
 
 SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
@@ -93,6 +94,11 @@ def scripts(
         names = (*STEP_1, "scorer_pairs", "run.json")
         return asking("step1_gen_q.py", 0.04, None, names, "--corpus", corpus, "--negatives", 20)
 
+    def step_1_anew() -> Script:
+        names, prepared = (*STEP_1, "scorer_pairs", "run.json"), after_step_1("for step 1")
+        flags = ("--corpus", folder / "two.jsonl", "--negatives", 20, "--max-length", 200, "--redo")
+        return asking("step1_gen_q.py", 0.04, prepared, names, *flags)
+
     def step_2() -> Script:
         command = ["--scorer-model", base, "--max-refills", 0, "--scorer-epochs", 2]
         command += ["--scorer-batch", 4, "--scorer-learning-rate", "3e-3"]
@@ -145,7 +151,14 @@ def scripts(
         command = ["bash", "augcon.sh", "--corpus", str(folder / "two.jsonl"), "--results", "{}", "--negatives", "30"]
         return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"), tolerance=1e-3)
 
-    recipes = {"step 1": step_1, "step 2": step_2, "step 3": step_3, "inference": inference, "judge": judge}
+    recipes = {
+        "step 1": step_1,
+        "step 1 anew": step_1_anew,
+        "step 2": step_2,
+        "step 3": step_3,
+        "inference": inference,
+        "judge": judge,
+    }
     recipes |= {"finetune": finetune, "merge": merge, "augcon": augcon}
     yield script
     mark.end()
@@ -163,6 +176,7 @@ def rounds(short: dict[str, tuple[tuple[str, ...], int]], signals: tuple[str, ..
 
 ASKING = {
     "step 1": (SIGNALS, 3),
+    "step 1 anew": (("SIGKILL",), 5),
     "step 3": (("SIGKILL",), 3),
     "inference": (("SIGTERM",), 5),
     "judge": (("Ctrl-C",), 5),
@@ -190,6 +204,25 @@ def test_a_training(scripts: Scripts, name: str, how: str, seed: int, tmp_path: 
 @pytest.mark.parametrize(("name", "how", "seed"), rounds({"augcon": (("SIGKILL",), 5)}, SIGNALS, 6))
 def test_the_whole_command(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
     check(scripts(name), how, seed, tmp_path, mark)
+
+
+def test_what_a_kill_leaves_of_stale_results_is_removed_by_the_next_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def begin(**inputs: int) -> bool:
+        return Record(tmp_path).begin("finetune", inputs, made=[], redo=False, stale=[tmp_path / "ckpts"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    begin(epochs=4)
+    (tmp_path / "ckpts" / "checkpoint-9").mkdir(parents=True)
+    assert begin(epochs=4) and (tmp_path / "ckpts").exists()
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        begin(epochs=2)
+    monkeypatch.undo()
+    assert not begin(epochs=2) and not (tmp_path / "ckpts").exists()
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
