@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import json
 import os
 import random
@@ -31,7 +30,7 @@ class Script:
     """A command, what it starts from and makes; in it, {} is the results folder and {port} a port that is free.
 
     ``word`` tells its ranks from their launcher; ``asks`` is its server, which has at most ``in_flight`` requests under
-    way. Numbers of two runs may differ by the ``tolerance``. From ``whole`` on, what an undisturbed run comes to.
+    way. From ``whole`` on, what an undisturbed run comes to.
     """
 
     command: list[str]
@@ -40,7 +39,6 @@ class Script:
     word: str = ""
     asks: Engine | None = None
     in_flight: int = 0
-    tolerance: float = 0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     whole: Made = dataclasses.field(default_factory=dict)
     there: frozenset[str] = frozenset()
@@ -105,7 +103,7 @@ class Script:
 
     def others(self, made: Made, than: Made) -> list[str]:
         """The results that are other than those."""
-        return [name for name, value in made.items() if not alike(value, than.get(name), self.tolerance)]
+        return [name for name, value in made.items() if not alike(value, than.get(name))]
 
     def torn(self, folder: Path) -> list[str]:
         """The results that are neither those of the undisturbed run nor those that were there before."""
@@ -212,16 +210,14 @@ def _read(path: Path) -> Any:
         return TORN
 
 
-def alike(one: Any, other: Any, tolerance: float) -> bool:
+def alike(one: Any, other: Any) -> bool:
     """Whether two results are the same, but for the figures of a run."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=0, atol=tolerance)
+        return torch.equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
         names = [name for name in one if not OF_A_RUN.search(name)]
         same = names == [name for name in other if not OF_A_RUN.search(name)]
-        return same and all(alike(one[name], other[name], tolerance) for name in names)
+        return same and all(alike(one[name], other[name]) for name in names)
     if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(alike, one, other, itertools.repeat(tolerance)))
-    if isinstance(one, float) and isinstance(other, float):
-        return abs(one - other) <= tolerance
+        return len(one) == len(other) and all(map(alike, one, other))
     return bool(one == other)

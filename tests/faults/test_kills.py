@@ -1,9 +1,8 @@
 """Killed at any moment, every script ends with the same results when the same command is run again.
 
-Of an undisturbed run and of one that was killed, the same are: the files that hold what the script makes, to the last
-digit, but for scores, adapters and losses, which may differ by what the order of sums makes of a training that goes on
-from a checkpoint; the names of all files in the results folder; and the number of calls, but for those that were under
-way. Times, and figures of calls and of speed, are a run's own.
+Of an undisturbed run and of one that was killed, the same are: what the script makes, to the last digit, scores and
+weights too, for a training goes on from its checkpoint with the same random numbers; the names of all files in the
+results folder; and the number of calls, but for those under way at the kill. Times and speeds are a run's own.
 """
 
 import json
@@ -81,7 +80,7 @@ def scripts(
     def ranks(file: str, prepared: Path, names: tuple[str, ...], *flags: object) -> Script:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "{port}"]
         command = [*launcher, file, "--results", "{}", *map(str, flags)]
-        return Script(command, prepared, names, file, tolerance=1e-3, environment=ON_CPU)
+        return Script(command, prepared, names, file, environment=ON_CPU)
 
     def after_step_1(name: str) -> Path:
         script("step 1")
@@ -149,7 +148,7 @@ def scripts(
     def augcon() -> Script:
         script("step 1")
         command = ["bash", "augcon.sh", "--corpus", str(folder / "two.jsonl"), "--results", "{}", "--negatives", "30"]
-        return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"), tolerance=1e-3)
+        return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"))
 
     recipes = {
         "step 1": step_1,
@@ -168,9 +167,9 @@ def rounds(short: dict[str, tuple[tuple[str, ...], int]], signals: tuple[str, ..
     """So many seeds for each script and signal; by script, the signals of the short version and the seed there."""
     return [
         pytest.param(name, how, seed, id=f"{name}-{how}-{seed}", marks=() if seed == at and how in few else NIGHTLY)
+        for seed in range(long)
         for name, (few, at) in short.items()
         for how in signals
-        for seed in range(long)
     ]
 
 
@@ -212,8 +211,9 @@ def test_what_a_kill_leaves_of_stale_results_is_removed_by_the_next_run(
     def begin(**inputs: int) -> bool:
         return Record(tmp_path).begin("finetune", inputs, made=[], redo=False, stale=[tmp_path / "ckpts"])
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    def killed(folder: Path, **_: object) -> None:
+        if folder.exists():
+            raise KeyboardInterrupt
 
     begin(epochs=4)
     (tmp_path / "ckpts" / "checkpoint-9").mkdir(parents=True)
