@@ -5,6 +5,7 @@ weights too, for a training goes on from its checkpoint with the same random num
 results folder; and the number of calls, but for those under way at the kill. Times and speeds are a run's own.
 """
 
+import itertools
 import json
 import shutil
 import signal
@@ -15,20 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import peft
 import pytest
-import torch
-import transformers
 from conftest import ROOT, Engine, demo_engine, outputs_in
 from kills import Script, kill_and_run_again
 from standins import Mark
 
 from augcon.demo.tiny_model import make_tiny_model
 from augcon.run.record import Record
-from augcon.train.base import lora
 
-SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
-NIGHTLY = pytest.mark.nightly
 ON_CPU = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 STEP_1 = ("contexts.jsonl", "articles.jsonl", "skipped.jsonl", "nodes.jsonl", "queries.json", "short_roots.jsonl")
 STEP_3 = ("sft_data", "sft_origins.jsonl", "dropped_queries.jsonl", "example_search.json")
@@ -130,6 +125,12 @@ def scripts(
 
     def merge() -> Script:
         """A model that takes some seconds, with an adapter of some changes."""
+        import peft
+        import torch
+        import transformers
+
+        from augcon.train.base import lora
+
         large, prepared = shutil.copytree(base, folder / "large"), folder / "for merge"
         (large / "model.safetensors").unlink()
         config = transformers.AutoConfig.from_pretrained(base)
@@ -163,46 +164,38 @@ def scripts(
     mark.end()
 
 
-def rounds(short: dict[str, tuple[tuple[str, ...], int]], signals: tuple[str, ...], long: int) -> list[Any]:
-    """So many seeds for each script and signal; by script, the signals of the short version and the seed there."""
-    return [
-        pytest.param(name, how, seed, id=f"{name}-{how}-{seed}", marks=() if seed == at and how in few else NIGHTLY)
-        for seed in range(long)
-        for name, (few, at) in short.items()
-        for how in signals
-    ]
+SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
+OF_RANKS = (*SIGNALS, "SIGKILL of a rank")
+# A script, its signals, the number of seeds; of the short version, the signals and the seed; whether it is slow.
+ROUNDS = [
+    ("step 1", SIGNALS, 20, SIGNALS, 3, False),
+    ("step 1 anew", SIGNALS, 6, SIGNALS[:1], 5, False),
+    ("step 2", OF_RANKS, 6, (), 0, True),
+    ("step 3", SIGNALS, 20, SIGNALS[:1], 3, False),
+    ("inference", SIGNALS, 20, SIGNALS[1:2], 5, False),
+    ("judge", SIGNALS, 20, SIGNALS[2:], 5, False),
+    ("finetune", OF_RANKS, 6, SIGNALS[:1], 5, True),
+    ("merge", SIGNALS, 10, SIGNALS[:1], 5, True),
+    ("augcon", SIGNALS, 4, SIGNALS[:1], 3, True),
+]
 
 
-ASKING = {
-    "step 1": (SIGNALS, 3),
-    "step 1 anew": (("SIGKILL",), 5),
-    "step 3": (("SIGKILL",), 3),
-    "inference": (("SIGTERM",), 5),
-    "judge": (("Ctrl-C",), 5),
-}
-TRAINING = {"step 2": ((), 0), "finetune": (("SIGKILL",), 5)}
+def rounds() -> Iterator[Any]:
+    for name, signals, seeds, short, seed_of_short, slow in ROUNDS:
+        for seed, how in itertools.product(range(seeds), signals):
+            marks = [pytest.mark.slow] * slow
+            if seed != seed_of_short or how not in short:
+                marks.append(pytest.mark.nightly)
+            yield pytest.param(name, how, seed, id=f"{name}-{how}-{seed}", marks=marks)
 
 
-@pytest.mark.parametrize(("name", "how", "seed"), rounds(ASKING, SIGNALS, 20))
-def test_a_script_that_asks(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
-    check(scripts(name), how, seed, tmp_path, mark)
-
-
-@pytest.mark.parametrize(("name", "how", "seed"), rounds({"merge": (("SIGKILL",), 5)}, SIGNALS, 20))
-def test_merging(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
-    check(scripts(name), how, seed, tmp_path, mark)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "how", "seed"), rounds(TRAINING, (*SIGNALS, "SIGKILL of a rank"), 6))
-def test_a_training(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
-    check(scripts(name), how, seed, tmp_path, mark)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "how", "seed"), rounds({"augcon": (("SIGKILL",), 5)}, SIGNALS, 6))
-def test_the_whole_command(scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark):
-    check(scripts(name), how, seed, tmp_path, mark)
+@pytest.mark.parametrize(("name", "how", "seed"), rounds())
+def test_killed_and_run_again_it_ends_with_the_same_results(
+    scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark
+):
+    words, faults = kill_and_run_again(scripts(name), tmp_path / "r", how, seed, mark)
+    print(f"\n{name}, {words}; {faults or 'the same'}")
+    assert not faults, words
 
 
 def test_what_a_kill_leaves_of_stale_results_is_removed_by_the_next_run(
@@ -245,9 +238,3 @@ report_once(lambda: time.sleep(100))()
     process.send_signal(getattr(signal, how))
     process.wait()
     assert mark.all_end(20), mark.alive()
-
-
-def check(script: Script, how: str, seed: int, folder: Path, mark: Mark) -> None:
-    words, faults = kill_and_run_again(script, folder / "r", how, seed, mark)
-    print(f"\n{script.command[script.command.index('--results') - 1]}, {words}; {faults or 'the same'}")
-    assert not faults, words
