@@ -5,6 +5,7 @@ weights too, for a training goes on from its checkpoint with the same random num
 results folder; and the number of calls, but for those under way at the kill. Times and speeds are a run's own.
 """
 
+import functools
 import itertools
 import json
 import shutil
@@ -44,20 +45,11 @@ def engines() -> Iterator[Callable[[float], Engine]]:
         server.stop()
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    make_tiny_model(folder, datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
-    return folder
-
-
 Scripts = Callable[[str], Script]
 
 
 @pytest.fixture(scope="module")
-def scripts(
-    engines: Callable[[float], Engine], base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Scripts]:
+def scripts(engines: Callable[[float], Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
     """Every script by its name, with what it makes when nothing happens to it; made when it is first asked for."""
     folder, mark, known = tmp_path_factory.mktemp("kills"), Mark(), dict[str, Script]()
 
@@ -65,6 +57,11 @@ def scripts(
         if name not in known:
             known[name] = recipes[name]().undisturbed(folder / name, mark)
         return known[name]
+
+    @functools.cache
+    def base() -> Path:
+        make_tiny_model(folder / "tiny", datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
+        return folder / "tiny"
 
     def asking(file: str, latency: float, prepared: Path | None, names: tuple[str, ...], *flags: object) -> Script:
         server = engines(latency)
@@ -94,7 +91,7 @@ def scripts(
         return asking("step1_gen_q.py", 0.04, prepared, names, *flags)
 
     def step_2() -> Script:
-        command = ["--scorer-model", base, "--max-refills", 0, "--scorer-epochs", 2]
+        command = ["--scorer-model", base(), "--max-refills", 0, "--scorer-epochs", 2]
         command += ["--scorer-batch", 4, "--scorer-learning-rate", "3e-3"]
         names = ("scorer", "scores.jsonl", "filtered_queries.json", "run.json")
         return ranks("step2_scorer.py", after_step_1("for step 2"), names, *command)
@@ -120,7 +117,7 @@ def scripts(
         pairs = {name: [row[name] for row in rows] * 5 for name in ("question", "answer")}
         prepared = folder / "for finetune"
         datasets.Dataset.from_dict(pairs).save_to_disk(prepared / "sft_data")
-        flags = ("--model", base, "--epochs", 3, "--held-out", 0.1)
+        flags = ("--model", base(), "--epochs", 3, "--held-out", 0.1)
         return ranks("finetune.py", prepared, ("LoRA", "log.json", "run.json"), *flags)
 
     def merge() -> Script:
@@ -131,9 +128,9 @@ def scripts(
 
         from augcon.train.base import lora
 
-        large, prepared = shutil.copytree(base, folder / "large"), folder / "for merge"
+        large, prepared = shutil.copytree(base(), folder / "large"), folder / "for merge"
         (large / "model.safetensors").unlink()
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base())
         config.update({"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256})
         config.update({"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8})
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
