@@ -187,16 +187,16 @@ def left_behind(mark: Mark, patience: float) -> list[str]:
 def misbehaved(script: Script, run: Run, how: str) -> list[str]:
     """What is wrong with how a script that was asked to stop has ended.
 
-    Python's own traceback is not, of the first moment, in which it imports. DeepSpeed's command prints one of its own,
-    and its status is its own, too.
+    At the first moment Python imports and prints a traceback of its own, and at the last one it ends without a word.
+    DeepSpeed's command prints its own traceback and has its own status.
     """
     if how.startswith("SIGKILL") or script.word:
         return []
     said, status = run.text(), run.process.returncode
     if said.startswith("Traceback"):
         return []
-    wanted = {"Ctrl-C": (0, 130), "SIGTERM": (0, -signal.SIGTERM, 143)}[how]
-    one_line = how != "Ctrl-C" or status == 0 or said.count("run the same command again") == 1
+    wanted = {"Ctrl-C": (0, 130, -signal.SIGINT), "SIGTERM": (0, -signal.SIGTERM, 143)}[how]
+    one_line = status != 130 or said.count("run the same command again") == 1
     return [] if status in wanted and one_line and "Traceback" not in said else [f"status {status}: …{said[-2000:]}"]
 
 
