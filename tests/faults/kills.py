@@ -23,6 +23,7 @@ Made = dict[str, Any]  # by name, the content of each result that is there
 ANSWERED = "vllm:request_success_total"
 TORN = "cannot be read"
 OF_A_RUN = re.compile("speed|runtime|per_second")  # figures that are a run's own
+IN_ORDER = ("queries.json", "filtered_queries.json")  # of other objects, the order of the keys says nothing
 OF_RUNS = ("replies.sqlite-", "server.log")  # files that are there or not
 
 
@@ -213,7 +214,9 @@ def _read(path: Path) -> Any:
         if path.is_dir():
             return datasets.load_from_disk(path).to_list()
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines()))
+        if path.suffix != ".json":
+            return list(map(json.loads, text.splitlines()))
+        return json.loads(text, object_pairs_hook=list) if path.name in IN_ORDER else json.loads(text)
     except Exception:
         return TORN
 
@@ -221,9 +224,8 @@ def _read(path: Path) -> Any:
 def alike(one: Any, other: Any) -> bool:
     """Whether two results are the same, but for the figures of a run."""
     if isinstance(one, dict) and isinstance(other, dict):
-        names = [name for name in one if not OF_A_RUN.search(name)]
-        same = names == [name for name in other if not OF_A_RUN.search(name)]
-        return same and all(alike(one[name], other[name]) for name in names)
+        names = {name for name in one.keys() | other.keys() if not OF_A_RUN.search(name)}
+        return names <= one.keys() & other.keys() and all(alike(one[name], other[name]) for name in names)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(alike, one, other))
     return bool(one == other)
