@@ -22,7 +22,7 @@ from augcon.files import file_digest
 Made = dict[str, Any]  # by name, the content of each result that is there
 ANSWERED = "vllm:request_success_total"
 TORN = "cannot be read"
-OF_A_RUN = re.compile("speed|runtime|per_second")  # figures that are a run's own
+OF_A_RUN = re.compile("speed|runtime|per_second|train_loss")  # figures that are a run's own; the last is its mean
 IN_ORDER = ("queries.json", "filtered_queries.json")  # of other objects, the order of the keys says nothing
 OF_RUNS = ("replies.sqlite-", "server.log")  # files that are there or not
 
