@@ -134,8 +134,7 @@ def is_done(settings: Settings, output: Results, made_with: dict[str, Any]) -> b
     if facts is not None and output.lora.exists():
         output.record.finish(STAGE, **facts)
         return True
-    if not output.record.begin(STAGE, made_with, output.made(STAGE), settings.redo):
-        shutil.rmtree(output.checkpoints, ignore_errors=True)  # of another training
+    output.record.begin(STAGE, made_with, output.made(STAGE), settings.redo, stale=[output.checkpoints])
     return False
 
 
@@ -215,8 +214,8 @@ def save(output: Results, inputs: Inputs, model: Any, log: list[dict[str, Any]])
         copy = Record(folder)
         copy.begin(STAGE, inputs.made_with, made=[], redo=False)
         copy.finish(STAGE, **facts)
-    output.record.finish(STAGE, **facts)
     shutil.rmtree(output.checkpoints / ENCODED)
+    output.record.finish(STAGE, **facts)
     if losses:
         seen = f"; held out, from the start on: {' '.join(f'{loss:.3f}' for loss in held_out)}" if held_out else ""
         print(f"loss:    training {losses[0]:.3f} at first, {losses[-1]:.3f} at last{seen}")

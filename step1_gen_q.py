@@ -57,9 +57,8 @@ async def make_queries(settings: Settings, results: Results, store: Store) -> No
             "model served": model,
             "sampling": llm.sampling,
         }
-        same = results.record.begin("step 1", inputs, results.made("step 1"), settings.redo)
-        if not same:
-            results.refills.unlink(missing_ok=True)  # of other trees
+        stale = [results.refills, results.scorer_pairs]  # of other trees
+        same = results.record.begin("step 1", inputs, results.made("step 1"), settings.redo, stale)
         cut.write(results)
 
         rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []

@@ -137,6 +137,7 @@ def train_and_score(
         weights = on_main(lambda: scorer.save(model, results.scorer))
         facts = Facts(base, weights, words, before, after, speed)
         on_main(lambda: record_scorer(results, facts))
+    on_main(lambda: shutil.rmtree(results.scorer_checkpoints, ignore_errors=True))
     print_accuracy(facts)
     kept = KeptScores(results.scores_parts / facts.digest)
     listed = (query for _, queries in results.each_root(results.queries) for query in queries)
@@ -165,15 +166,14 @@ def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Fac
     if facts and results.scorer.exists():
         results.record.finish("scorer", **facts)  # up to date again, where step 1 has made the same pairs again
         return Facts(**facts)
-    if not results.record.begin("scorer", made_with, results.made("scorer"), settings.redo):
-        shutil.rmtree(results.scorer_checkpoints, ignore_errors=True)  # of another scorer
+    stale = [results.scorer_checkpoints]
+    results.record.begin("scorer", made_with, results.made("scorer"), settings.redo, stale)
     return None
 
 
 def record_scorer(results: Results, facts: Facts) -> None:
-    """Records the new scorer, and removes its checkpoints and the scores of another one."""
+    """Records the new scorer, and removes the scores of another one."""
     results.record.finish("scorer", **dataclasses.asdict(facts))
-    shutil.rmtree(results.scorer_checkpoints, ignore_errors=True)
     shutil.rmtree(results.scores_parts, ignore_errors=True)
 
 

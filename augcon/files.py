@@ -42,14 +42,15 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _unfinished(path: Path) -> Iterator[Path]:
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished, replaced = (path.with_name(path.name + end) for end in (".unfinished", ".replaced.unfinished"))
     try:
         yield unfinished
         for file in (unfinished, *unfinished.rglob("*")):
             with contextlib.suppress(IsADirectoryError), file.open("rb") as written:
                 os.fsync(written.fileno())
-        if unfinished.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+        if unfinished.is_dir() and path.is_dir():
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)  # removing it takes time, and a kill would leave a part of it under its name
         unfinished.replace(path)
     except UserError:
         raise
@@ -58,7 +59,8 @@ def _unfinished(path: Path) -> Iterator[Path]:
             raise  # what failed was not this file
         raise UserError(f"cannot write {path}: {one_line(error)}") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for folder in (unfinished, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

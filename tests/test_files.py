@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from augcon import files
 from augcon.data import Node, Query
 from augcon.errors import UserError
-from augcon.files import file_digest, read_entries
+from augcon.files import file_digest, new_folder, read_entries
 from augcon.run.results import Results
 
 PAIRS = st.lists(st.tuples(st.text(max_size=6), st.text(st.sampled_from('a"\\{}[],: \n黄😀'), max_size=8)), max_size=3)
@@ -61,6 +61,29 @@ def test_what_is_no_object_of_that_shape_is_one_line(tmp_path: Path, damaged: st
         list(read_entries(path, tuple[int, list[tuple[str, str]]], "x.py"))
     with pytest.raises(UserError, match=r"there is no .*; run x\.py first"):
         list(read_entries(tmp_path / "nowhere.json", tuple[int, list[str]], "x.py"))
+
+
+def test_a_kill_amid_the_replacing_of_a_folder_leaves_no_part_of_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def torn(folder: Path, ignore_errors: bool = False) -> None:
+        for name in sorted(Path(folder).glob("*"))[:1]:
+            name.unlink()
+            raise KeyboardInterrupt
+
+    def write(content: str) -> None:
+        with new_folder(tmp_path / "model") as folder:
+            for name in "abc":
+                (folder / name).write_text(content)
+
+    write("old")
+    monkeypatch.setattr(files.shutil, "rmtree", torn)
+    with pytest.raises(KeyboardInterrupt):
+        write("new")
+    monkeypatch.undo()
+    assert {path.name: path.read_text() for path in (tmp_path / "model").iterdir()} == dict.fromkeys("abc", "new")
+    write("newer")  # over what the kill has left
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_the_digest_of_a_file_is_that_of_its_bytes(tmp_path: Path):

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import ROOT, Engine, clean_environment, outputs_in, run, says_one_line, start
+from conftest import ROOT, Engine, clean_environment, outputs_in, run, says_one_line
 from scripted_server import ScriptedServer, answers, refuses, says
 
 QUESTIONS = [f"第{n}个问题是什么？" for n in range(40)]
@@ -93,22 +93,6 @@ def test_what_is_wrong_with_an_answer_is_counted_and_its_row_stays(tmp_path: Pat
     assert "asked:   7 questions, 3 skipped (not a text 1, empty 1, no text in the field 1)" in done.stdout
     for flaw in ("answers: 10", "without a question 3", "empty 1", "cut off 1", "refused (refused with status 400) 1"):
         assert flaw in done.stdout
-
-
-def test_killed_and_run_again_it_asks_only_what_was_in_flight(tmp_path: Path):
-    flags = ["--questions", asked_in(tmp_path), "--results", tmp_path / "r", "--max-in-flight", 4]
-
-    async def kill_midway(server: ScriptedServer, command: list[str]) -> None:
-        process = start(*command)
-        while len(server.bodies) < 20:
-            assert process.poll() is None
-            await asyncio.sleep(0.01)
-        process.kill()
-        await asyncio.to_thread(process.communicate)
-
-    done, bodies = play(lambda body, before: says("好。", after=0.05), *flags, act=kill_midway)
-    assert done.returncode == 0, done.stderr
-    assert len(saved(tmp_path / "r" / "outputs")) == 40 and 40 <= len(bodies) <= 40 + 4
 
 
 @pytest.mark.parametrize("here", [True, False])

@@ -16,6 +16,7 @@ from conftest import ROOT, free_port, says_one_line
 from standins import Mark, fake_gpus, fake_model, fake_vllm, wait_for, with_path
 
 from augcon.errors import UserError
+from augcon.machine import server
 from augcon.machine.server import Server, port_of
 
 SERVE = [sys.executable, str(ROOT / "serve.py")]
@@ -139,6 +140,11 @@ def test_the_server_ends_with_a_serve_py_that_is_killed(tmp_path: Path, mark: Ma
     process.kill()
     assert ended(process).returncode == -signal.SIGKILL
     assert mark.all_end()
+
+
+def test_a_port_that_is_chosen_is_given_to_no_connection_before_a_server_listens_there():
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(server.free_port() < first for _ in range(20)) or first < 32_768
 
 
 def test_addresses_that_cannot_be_served():

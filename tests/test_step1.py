@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -175,33 +173,6 @@ def test_the_order_of_replies_changes_nothing(engine: Engine, corpus: Path, tmp_
     assert outcomes[0] == outcomes[1] == outcomes[2]
 
 
-def test_killed_at_any_moment_it_goes_on_and_asks_again_only_what_was_in_flight(corpus: Path, tmp_path: Path):
-    in_flight, flags = 16, ["--corpus", corpus, "--negatives", 40, "--max-in-flight", 16]
-    server = demo_engine(latency=0.05)
-    try:
-        whole = run("step1_gen_q.py", "--api-base", server.api, "--results", tmp_path / "whole", *flags)
-        assert whole.returncode == 0
-        calls = server.metric("vllm:request_success_total")
-
-        kills, moments = 0, random.Random(7)
-        for _ in range(6):
-            process = start("step1_gen_q.py", "--api-base", server.api, "--results", tmp_path / "killed", *flags)
-            before, target = server.metric("vllm:request_success_total"), moments.uniform(1, calls / 5)
-            while process.poll() is None and server.metric("vllm:request_success_total") - before < target:
-                time.sleep(0.01)
-            kills += process.poll() is None
-            process.kill()
-            process.communicate()
-        last = run("step1_gen_q.py", "--api-base", server.api, "--results", tmp_path / "killed", *flags)
-        time.sleep(0.2)
-        repeated = server.metric("vllm:request_success_total") - 2 * calls
-    finally:
-        server.stop()
-    assert last.returncode == 0 and kills >= 4
-    assert outcome_of(tmp_path / "killed") == outcome_of(tmp_path / "whole")
-    assert repeated <= kills * in_flight
-
-
 def test_a_server_that_goes_away_is_waited_for(corpus: Path, tmp_path: Path, engine: Engine):
     flags = ["--corpus", corpus, "--negatives", 20, "--max-in-flight", 8]
     server = demo_engine(latency=0.05)
@@ -239,19 +210,6 @@ def test_a_server_that_stays_away_ends_the_run_in_one_line_with_all_replies_kept
         server.stop()
     replayed = int(again.stdout.partition(" replayed")[0].rpartition(" ")[2].replace(",", ""))
     assert again.returncode == 0 and replayed >= 40
-
-
-def test_ctrl_c_ends_at_once_without_a_traceback(corpus: Path, tmp_path: Path):
-    server = demo_engine(latency=0.2)
-    try:
-        process = start("step1_gen_q.py", "--api-base", server.api, "--corpus", corpus, "--results", tmp_path / "r")
-        while server.metric("vllm:request_success_total") < 2:
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
-    finally:
-        server.stop()
-    assert process.returncode == 130 and "Traceback" not in errors and "run the same command again" in errors
 
 
 def test_two_runs_do_not_share_a_folder(corpus: Path, tmp_path: Path):

@@ -164,29 +164,6 @@ def test_other_settings_and_examples_are_refused_until_redo_agrees_and_other_que
     assert origins[-1]["path"] is None and origins[0]["path"] is not None
 
 
-def test_killed_and_run_again_it_asks_only_what_was_in_flight(filtered: Path, made: tuple[Path, str], tmp_path: Path):
-    shutil.copytree(filtered, results := tmp_path / "r")
-    server = demo_engine(latency=0.05)
-    flags = ["--api-base", server.api, "--negatives", 0, "--max-in-flight", 16, "--results", results]
-    try:
-        for target in (30, 150, 250):
-            process = start("step3_gen_a.py", *flags)
-            while process.poll() is None and server.metric(REQUESTS) < target:
-                time.sleep(0.01)
-            assert process.poll() is None
-            process.kill()
-            process.communicate()
-        assert not (results / "sft_data").exists()
-        last = run("step3_gen_a.py", *flags)
-        time.sleep(0.1)
-        calls = server.metric(REQUESTS)
-    finally:
-        server.stop()
-    asked = int(re.search(r"calls: +([\d,]+)", made[1])[1].replace(",", ""))
-    assert last.returncode == 0 and calls - asked <= 3 * 16
-    assert outcome_of(results) == outcome_of(made[0])
-
-
 def test_a_server_that_dies_is_waited_for_and_one_that_stays_away_ends_the_run_with_all_kept(
     filtered: Path, made: tuple[Path, str], tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -17,6 +18,8 @@ import psutil
 from augcon.errors import UserError, one_line
 from augcon.machine.processes import start
 
+# Ports that Linux gives to no connection: who listens there may take a minute to start, and none must be sooner.
+_QUIET = range(20_000, 32_768)
 # A fault, in a line that is neither vLLM's news nor a warning of anyone, which may quote one.
 _FAULT = re.compile(r"(?:(?!INFO |WARN|[Ww]arning|\[W\d).)*?\b(\w*(?:[Ee]rror|Exception): .+|Value error, .+)")
 # With what each line of vLLM's record begins that tells why one of its processes ended.
@@ -37,6 +40,10 @@ def free_port(wanted: int = 0) -> int:
     """A port of loopback on which nothing listens. Raises OSError or OverflowError if it cannot be the one wanted."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for port in () if wanted else random.sample(_QUIET, 9):
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                return port
         listener.bind(("127.0.0.1", wanted))
         return int(listener.getsockname()[1])
 

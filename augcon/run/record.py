@@ -5,13 +5,14 @@ are refused, with the difference named, unless ``--redo`` agrees to it. The stag
 """
 
 import dataclasses
+import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from augcon.errors import UserError
+from augcon.errors import UserError, one_line
 from augcon.files import read_json, reading, write_json
 
 Inputs = Mapping[str, Any]  # name → a value that JSON can hold; a name that begins with "content of" has a digest
@@ -85,14 +86,23 @@ class Record:
         stage = self.stages().get(name)
         return stage.finished if stage and stage.made_with == dict(inputs) else None
 
-    def begin(self, name: str, inputs: Inputs, made: Iterable[Path], redo: bool) -> bool:
-        """Records that a stage begins; says whether it did so with the same inputs before. Raises as ``check``."""
+    def begin(self, name: str, inputs: Inputs, made: Iterable[Path], redo: bool, stale: Iterable[Path] = ()) -> bool:
+        """Records that a stage begins; says whether it did so with the same inputs before. Raises as ``check``.
+
+        If not, what is ``stale`` is removed first: after a kill, the stage goes on with what it finds.
+        """
         self.check(name, inputs, made, redo)
         stages = self.stages()
         before = stages.get(name)
+        same = before is not None and before.made_with == dict(inputs)
+        try:
+            for path in () if same else stale:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot remove {path}: {one_line(error)}") from error
         stages[name] = Stage(dict(inputs))
         self._write(stages)
-        return before is not None and before.made_with == dict(inputs)
+        return same
 
     def check(self, name: str, inputs: Inputs, made: Iterable[Path], redo: bool) -> None:
         """Raises UserError when the inputs differ from those on record and something of ``made`` would be replaced.

@@ -4,13 +4,17 @@ Scripts that train run under ``deepspeed --num_gpus N script.py``, or as one pro
 ``base.start_processes`` connects the processes; nothing here imports torch before that.
 """
 
+import contextlib
 import functools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
+
+import psutil
 
 from augcon.errors import UserError
 
@@ -76,6 +80,17 @@ def barrier() -> None:
     all_gather(None)
 
 
+def _end_with_launcher() -> None:
+    """Ends this process when the command ``deepspeed`` is gone, at whose end its helper would go on with the training.
+
+    The helper is the parent, and the command the parent of that.
+    """
+    with contextlib.suppress(psutil.Error):
+        while "deepspeed" in " ".join(psutil.Process(psutil.Process(os.getppid()).ppid()).cmdline()):
+            time.sleep(1)
+    os._exit(143)  # no exception would reach a process that waits for another one
+
+
 def report_once(main: Callable[[], None]) -> Callable[[], None]:
     """Under ``@stage``: an error that all processes meet is reported by the first one only.
 
@@ -84,6 +99,8 @@ def report_once(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        if "LOCAL_SIZE" in os.environ and os.environ["LOCAL_SIZE"] == os.environ["WORLD_SIZE"]:  # by deepspeed, here
+            threading.Thread(target=_end_with_launcher, daemon=True).start()
         try:
             main()
         except KeyboardInterrupt:
