@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from augcon.errors import stage
 from augcon.files import digest, new_file, read_json, read_lines
 from augcon.report.gather import gather
-from augcon.report.page import Facts, SearchTable, ShortRoot, write_page
+from augcon.report.page import Facts, SearchTable, write_page
 from augcon.run.corpus import Skipped
 from augcon.run.results import STEP_1, STEP_3, Results
 from config import load_settings
@@ -46,7 +46,7 @@ def unfinished(results: Results) -> str:
 def facts_of(results: Results) -> Facts:
     """What is known of the run. Raises UserError where a file is damaged."""
     stages = {name: dataclasses.asdict(of) for name, of in results.record.stages().items()}
-    search, short = results.example_search, results.short_roots
+    search = results.example_search
     made_with = [stages.get(name, {}).get("made_with") for name in ("step 1", "step 2", "step 3")]
     return Facts(
         folder=str(results.folder),
@@ -54,7 +54,7 @@ def facts_of(results: Results) -> Facts:
         stages=stages,
         figures=results.read_figures(),
         search=read_json(search, dict[str, SearchTable], STEP_3) if search.exists() else {},
-        short_roots=list(read_lines(short, ShortRoot, STEP_1)) if short.exists() else [],
+        short_roots=results.read_short_roots(),
         skipped=list(read_lines(results.skipped, Skipped, STEP_1)) if results.skipped.exists() else [],
         versions=versions(),
     )

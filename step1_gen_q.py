@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from augcon.data import Query, Reply, Request, RootContext, ScorerPair
 from augcon.errors import stage
-from augcon.files import read_json, write_lines
+from augcon.files import read_json
 from augcon.llm.store import Store
 from augcon.method import pairs
 from augcon.method.tree import Grown, TreeRules, fill_root
@@ -114,7 +114,7 @@ async def grow_trees(
             for query in grown.good_queries:
                 sample.offer(query)
                 panel.show(query.text, query.context)
-    write_lines(results.short_roots, figures.short)
+    results.write_short_roots(figures.short, filtered=False)
     figures.print(results.short_roots)
     return figures, sample.kept
 

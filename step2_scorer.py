@@ -23,7 +23,7 @@ from augcon.method.pairs import NEGATIVES
 from augcon.run.pairs import hold_out
 from augcon.run.record import Inputs
 from augcon.run.report import format_counts
-from augcon.run.results import STEP_1, STEP_2, Results
+from augcon.run.results import STEP_1, STEP_2, Results, ShortRoot
 from augcon.train.ranks import is_main, on_main, print_main, report_once
 from augcon.train.scores import KeptScores, key
 from config import Settings, load_settings, pick
@@ -52,6 +52,10 @@ class Short:
     root: int
     missing: int
     hopeful: bool
+
+    def listed(self, quota: int) -> ShortRoot:
+        """Its line in ``short_roots.jsonl``."""
+        return ShortRoot(self.root, quota, f"{quota - self.missing} of {quota} queries kept", filtered=True)
 
 
 @stage
@@ -216,6 +220,8 @@ def choose(settings: Settings, results: Results, roots: list[RootContext], score
             if missing := root.quota - len(kept):
                 hopeful = root.length >= settings.min_length and last_tree_added(queries, settings.rouge_threshold)
                 short.append(Short(root.root, missing, hopeful))
+    quotas = {root.root: root.quota for root in roots}
+    results.write_short_roots((of.listed(quotas[of.root]) for of in short), filtered=True)
     dropped = Counter({fate: number for fate, number in counts.items() if fate != "kept"})
     results.keep_figures("step 2", fates=counts)
     print(f"kept:    {counts['kept']:,} of {counts.total():,} queries; dropped: {format_counts(dropped) or 'none'}")

@@ -256,7 +256,7 @@ def test_an_ugly_corpus_is_counted_skipped_and_cut_never_fatal(engine: Engine, t
     roots = {context["article"]: context["root"] for context in lines(tmp_path / "r" / "contexts.jsonl")}
     assert language(queries[str(roots[5])][0][1]) == "en", "an English context is asked an English question"
     assert queries[str(roots[7])] == []
-    assert lines(tmp_path / "r" / "short_roots.jsonl")[0] == {"root": roots[7], "quota": 1, "reason": "too short"}
+    assert lines(tmp_path / "r" / "short_roots.jsonl")[0]["reason"] == "too short"
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,7 @@ def test_short_roots_go_back_to_step_1_until_that_was_done_often_enough(
     first = run("step2_scorer.py", *flags)
     rounds, filtered = read(results / "refills.json"), read(results / "filtered_queries.json")
     short = [row["root"] for row in contexts if len(filtered[str(row["root"])]) < row["quota"]]
+    assert {row["root"] for row in lines(results / "short_roots.jsonl")} >= set(short)
     assert len(rounds) == 1 and {3, 7} <= set(rounds[0]) <= set(short)
     assert "as trained before" in first.stdout and f"{len(rounds[0])} go back to step 1" in first.stdout, first.stderr
     assert "scored:" not in first.stdout, "every score is there already"

@@ -20,18 +20,10 @@ from augcon.report.charts import Paces, draw_charts
 from augcon.report.gather import Columns, Gathered, Loss, pack
 from augcon.report.questions import KINDS
 from augcon.run.corpus import Skipped
-from augcon.run.results import Figures
+from augcon.run.results import Figures, ShortRoot
 
 _FOLDER = Path(__file__).parent
 _EXAMPLES = 5  # of each loss
-
-
-@dataclasses.dataclass(frozen=True)
-class ShortRoot:
-    """What is read of a line of short_roots.jsonl."""
-
-    root: int
-    reason: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from augcon.method.pairs import NEGATIVES
 from augcon.method.questions import COPY, CUT
 from augcon.method.tree import Grown, coverage
 from augcon.run.prices import Prices
+from augcon.run.results import ShortRoot
 from augcon.text.units import language, length
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class TreeFigures:
         self.outcomes: Counter[str] = Counter()
         self.lost: Counter[str] = Counter()
         self.covered: list[tuple[int, list[float]]] = []  # of each tree, the length of its root and its coverage
-        self.short: list[dict[str, int | str]] = []  # roots short of their quota, with the reason
+        self.short: list[ShortRoot] = []
 
     def add(self, grown: Grown) -> None:
         """Counts the trees of one root context."""
@@ -55,7 +56,7 @@ class TreeFigures:
         for _, tree in itertools.groupby(grown.nodes, lambda node: node.pass_number):
             self.covered.append((grown.root.length, coverage(grown.root, list(tree))))
         if grown.shortfall:
-            self.short.append({"root": grown.root.root, "quota": grown.root.quota, "reason": grown.shortfall})
+            self.short.append(ShortRoot(grown.root.root, grown.root.quota, grown.shortfall))
 
     def table(self) -> dict[str, Any]:
         """The figures, for files."""

@@ -29,6 +29,7 @@ from augcon.files import (
     read_lines,
     write_dataset,
     write_json,
+    write_lines,
 )
 from augcon.run.record import Record
 
@@ -46,6 +47,16 @@ class _NodeRow:
     id: Annotated[str, Field(pattern="^[0-9]{1,9}:")]
     context: str
     query: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ShortRoot:
+    """A root context that has not its quota, with the reason: of its trees or, ``filtered``, of what step 2 keeps."""
+
+    root: int
+    quota: int
+    reason: str
+    filtered: bool = False
 
 
 class Asked(TypedDict, total=False):
@@ -156,6 +167,16 @@ class Results:
     def read_figures(self) -> dict[str, Figures]:
         """The figures by step; none where there is no such file."""
         return read_json(self.figures, dict[str, Figures], "bash augcon.sh") if self.figures.exists() else {}
+
+    def read_short_roots(self) -> list[ShortRoot]:
+        """The root contexts that are short of their quota; none where no step has listed any."""
+        return list(read_lines(self.short_roots, ShortRoot, STEP_1)) if self.short_roots.exists() else []
+
+    def write_short_roots(self, rows: Iterable[ShortRoot], filtered: bool) -> None:
+        """Lists those that one step has found beside those of the other; a root of both with what its trees lack."""
+        all_rows = [*rows, *(row for row in self.read_short_roots() if row.filtered != filtered)]
+        one_each = {row.root: row for row in sorted(all_rows, key=lambda row: (row.root, not row.filtered))}
+        write_lines(self.short_roots, map(dataclasses.asdict, one_each.values()))
 
     def read_contexts(self) -> list[RootContext]:
         """The root contexts, as step 1 wrote them."""

@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--into", type=Path, default=Path("soak"))
     options = parser.parse_args()
     options.into.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in its background
     corpus = write_corpus(options.into / "corpus.jsonl", options.articles)
     good, expected = soak(options.into, "undisturbed", corpus, 0, options.seed, NEVER)
     bad, counts = soak(options.into, "disturbed", corpus, options.share, options.seed, options.between)
