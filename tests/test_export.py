@@ -307,7 +307,7 @@ def test_what_cannot_be_exported_is_said_in_a_line(results: Path, tmp_path: Path
 
 def test_the_card_tells_the_hub_and_people_what_it_is(results: Path):
     stages = {
-        "corpus as cut": {"made_with": {"corpus": "/home/someone/pumps.jsonl"}, "finished": {}},
+        "corpus as cut": {"made_with": {"corpus": "/home/someone/pumps.jsonl"}},
         "step 1": {"made_with": {"max_length": 300, "seed": 42, "model served": "org/model"}, "finished": {}},
         "step 3": {"made_with": {"answer_from": "root", "model served": "/models/mine"}, "finished": {}},
     }
