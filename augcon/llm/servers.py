@@ -217,8 +217,8 @@ class Servers:
 
         Earlier root contexts come first, and what is tried ``again`` before all. All requests about one root context
         go to one server, whose prefix cache may have its text, or to ``home``, unless another server has nothing to
-        do. A request that was taken for lost before is waited for as ``patient``ly as may be. Raises UserError when no
-        server has answered for too long.
+        do. A ``patient`` request, which was taken for lost before, has all the time. Raises UserError when no server
+        has answered for too long.
         """
         server = await self._take(root, again, home)
         try:
