@@ -351,7 +351,7 @@ class Servers:
             async with contextlib.aclosing(self._probes(server)) as probes:
                 async for there in probes:
                     out = now() - since
-                    if there or server.successes > successes:  # or a reply came to what was under way
+                    if there or (there is None and server.successes > successes):  # it is slow, but answers
                         break
                     if out >= self._wait and not any(each.up for each in self.all):
                         self._stop(_gone(server, out, error))
@@ -365,14 +365,17 @@ class Servers:
             del self._tasks[server]
         self.fill()
 
-    async def _probes(self, server: Server) -> AsyncGenerator[bool]:
-        """Tells once a second whether a probe was answered; each is sent whatever becomes of those before."""
+    async def _probes(self, server: Server) -> AsyncGenerator[bool | None]:
+        """Tells once a second whether a probe was answered, None where it may still be.
+
+        Each is sent whatever becomes of those before.
+        """
         probes: set[asyncio.Task[bool]] = set()
         try:
             while True:
                 probes.add(asyncio.create_task(self._is_there(server)))
                 done, probes = await asyncio.wait(probes, timeout=PROBING, return_when=asyncio.FIRST_COMPLETED)
-                yield any(map(asyncio.Task.result, done))
+                yield any(map(asyncio.Task.result, done)) if done else None
                 if done:
                     await asyncio.sleep(PROBING)
         finally:
