@@ -248,7 +248,7 @@ def test_an_archive_that_unpacks_to_far_too_much_is_skipped(tmp_path: Path, monk
         packed.writestr("small.txt", "Some text.")
     corpus, articles = read(tmp_path / "bomb.zip")
     assert [article.text for article in articles] == ["Some text."]
-    assert "larger than 1 MiB" in str(corpus.skipped[0])
+    assert "unpacks to 3 MiB" in str(corpus.skipped[0])
 
 
 def test_a_folder_whose_name_begins_like_an_address_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
