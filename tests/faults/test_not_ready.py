@@ -1,5 +1,6 @@
 """A server of ours that does not come up, comes up late, or goes: one line that tells why, and no wait for ever."""
 
+import contextlib
 import http.server
 import os
 import shlex
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ from conftest import ROOT, free_port
 from standins import Mark
 
 from augcon.errors import UserError
-from augcon.machine.processes import stopping_children
 from augcon.machine.server import Server, python_module
 
 SERVES = """
@@ -35,6 +36,18 @@ def python(code: str, port: int = 0) -> list[str]:
     return [sys.executable, "-c", code.format(port=port)]
 
 
+@contextlib.contextmanager
+def starting(command: list[str], port: int, log: Path, key: str = "") -> Iterator[Server]:
+    """A server of which nothing is left afterwards; what other tests have started, such as the engine, goes on."""
+    server = Server(command, port, log, key)
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.process.pid, signal.SIGKILL)
+        server.process.wait()
+
+
 def why(log: str, folder: Path, end: str = "exit 1") -> str:
     """Why a server that writes this into its log does not become ready."""
     server = Server(["sh", "-c", f"echo {shlex.quote(log)}; {end}"], free_port(), folder / "server.log")
@@ -46,8 +59,9 @@ def why(log: str, folder: Path, end: str = "exit 1") -> str:
 
 
 def test_a_server_that_does_nothing_any_more_is_given_up_with_the_last_line_of_its_log(tmp_path: Path):
-    with stopping_children(), pytest.raises(UserError) as raised:
-        Server(["sh", "-c", f"echo {BAR!r}; sleep 300"], free_port(), tmp_path / "log").wait_until_ready(patience=1)
+    command = ["sh", "-c", f"echo {BAR!r}; sleep 300"]
+    with starting(command, free_port(), tmp_path / "log") as server, pytest.raises(UserError) as raised:
+        server.wait_until_ready(patience=1)
     assert "has done nothing for" in str(raised.value) and str(raised.value).endswith(f"{tmp_path / 'log'}: {BAR}")
     assert "\n" not in str(raised.value)
 
@@ -57,8 +71,9 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(tmp_path: Path):
     code = (
         "import socket, time; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); time.sleep(99)"
     )
-    with stopping_children(), pytest.raises(UserError, match=r"has done nothing for .*log: up"):
-        Server(python(code, port), port, tmp_path / "log").wait_until_ready(patience=1)
+    given_up = pytest.raises(UserError, match=r"has done nothing for .*log: up")
+    with starting(python(code, port), port, tmp_path / "log") as server, given_up:
+        server.wait_until_ready(patience=1)
 
 
 @pytest.mark.parametrize(
@@ -75,8 +90,8 @@ def test_a_slow_start_is_waited_for_as_long_as_something_goes_on(
 ):
     port = free_port()
     loads = f"import subprocess, sys, time\nend = time.monotonic() + 5\nwhile time.monotonic() < end:\n    {work}\n"
-    with stopping_children():
-        Server(python(loads + SERVES, port), port, tmp_path / "log").wait_until_ready(patience=2.5)
+    with starting(python(loads + SERVES, port), port, tmp_path / "log") as server:
+        server.wait_until_ready(patience=2.5)
     said = capsys.readouterr().out
     assert said.count("server: ") >= 3 and ("40% Completed" in said) == ("Loading" in work)
 
@@ -164,8 +179,9 @@ def test_a_port_that_another_took_meanwhile_is_neither_ready_nor_given_the_key(t
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Other) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         command = python_module("augcon.demo.engine", other.server_port)
-        with stopping_children(), pytest.raises(UserError, match=r"status 1: error: cannot listen there.*in use"):
-            Server(command, other.server_port, tmp_path / "log", "the key").wait_until_ready()
+        refused = pytest.raises(UserError, match=r"status 1: error: cannot listen there.*in use")
+        with starting(command, other.server_port, tmp_path / "log", "the key") as server, refused:
+            server.wait_until_ready()
         other.shutdown()
     assert asked and set(asked) == {("/health", None)}
 
