@@ -40,8 +40,9 @@ def main() -> None:
     del sys.argv[end:]
     settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
     port = free_port() if command else port_of(settings.api_base)
-    given = settings.api_key.get_secret_value().replace("EMPTY", "")
-    key = secrets.token_urlsafe() if command else given or os.environ.get("VLLM_API_KEY", "")
+    given = settings.api_key.get_secret_value()
+    own = given if given != "EMPTY" else os.environ.get("VLLM_API_KEY", "")
+    key = secrets.token_urlsafe() if command else own
     if settings.demo:
         model, description = None, "the demonstration engine (rules, not an LLM)"
         serving = python_module("augcon.demo.engine", port)

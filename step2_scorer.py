@@ -21,7 +21,7 @@ from augcon.machine.gpus import visible_gpus
 from augcon.method.diversity import Candidates, last_tree_added, rank_and_filter
 from augcon.method.pairs import NEGATIVES
 from augcon.run.pairs import hold_out
-from augcon.run.record import Inputs
+from augcon.run.record import Inputs, ScorerFacts
 from augcon.run.report import format_counts
 from augcon.run.results import STEP_1, STEP_2, Results, ShortRoot
 from augcon.train.ranks import is_main, on_main, print_main, report_once
@@ -31,18 +31,6 @@ from config import Settings, load_settings, pick
 HELD_OUT = 0.1  # of the pairs, by whole articles
 SURE = 1.64  # standard deviations above chance, which chance alone passes once in twenty times
 CONTENT_OF_BASE = "content of the scorer's base model"
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What is on record of a scorer; by type of negative the number of held-out pairs and the share ranked right."""
-
-    base: str
-    digest: str  # of its weights
-    held_out: str  # in words
-    accuracy_before: dict[str, tuple[int, float]]
-    accuracy_after: dict[str, tuple[int, float]]
-    speed: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,7 +127,7 @@ def train_and_score(
         print_main(f"trained: {speed}")
         after = scorer.accuracy(model, encoder, held_out)
         weights = on_main(lambda: scorer.save(model, results.scorer))
-        facts = Facts(base, weights, words, before, after, speed)
+        facts = ScorerFacts(base, weights, words, before, after, speed)
         on_main(lambda: record_scorer(results, facts))
     on_main(lambda: shutil.rmtree(results.scorer_checkpoints, ignore_errors=True))
     print_accuracy(facts)
@@ -154,7 +142,7 @@ def train_and_score(
     return kept
 
 
-def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Facts | None:
+def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> ScorerFacts | None:
     """What is on record of the scorer, if it will do; else a new one is begun. Raises UserError if neither can be."""
     known = results.record.stages().get("scorer")
     if settings.score_only:
@@ -165,23 +153,23 @@ def known_scorer(settings: Settings, results: Results, made_with: Inputs) -> Fac
                 f"the scorer in {results.scorer} belongs to another base, {known.finished['base']!r}; name it with "
                 "--scorer-model, or leave out --score-only"
             )
-        return Facts(**known.finished)
+        return ScorerFacts(**known.finished)
     facts = results.record.done_with("scorer", made_with)
     if facts and results.scorer.exists():
         results.record.finish("scorer", **facts)  # up to date again, where step 1 has made the same pairs again
-        return Facts(**facts)
+        return ScorerFacts(**facts)
     stale = [results.scorer_checkpoints]
     results.record.begin("scorer", made_with, results.made("scorer"), settings.redo, stale)
     return None
 
 
-def record_scorer(results: Results, facts: Facts) -> None:
+def record_scorer(results: Results, facts: ScorerFacts) -> None:
     """Records the new scorer, and removes the scores of another one."""
     results.record.finish("scorer", **dataclasses.asdict(facts))
     shutil.rmtree(results.scores_parts, ignore_errors=True)
 
 
-def print_accuracy(facts: Facts) -> None:
+def print_accuracy(facts: ScorerFacts) -> None:
     """Prints the pairwise accuracy of the scorer as a table."""
     if facts.accuracy_after:
         print_main("held-out pairs ranked right    pairs  before   after")

@@ -18,8 +18,9 @@ from augcon.llm import servers
 from augcon.llm.client import LLM, Endpoint
 from augcon.llm.store import Store
 from augcon.method.ask import ask_until_parsed
+from augcon.run.record import ScorerFacts
 from augcon.text.parse import Improvable, Unparseable
-from step2_scorer import Facts, print_accuracy
+from step2_scorer import print_accuracy
 
 JUNK = "As a helpful assistant, I am happy to talk about anything that you like."
 GOOD = "Question: What does the fox see?\nContext 1: The fox sees.\nContext 2: The dog sleeps."
@@ -151,7 +152,7 @@ def test_an_outage_is_told_with_its_beginning_its_reason_and_how_long_it_is_wait
 def test_a_scorer_that_is_no_better_than_a_coin_is_told_of(capsys: pytest.CaptureFixture[str]):
     def printed(pairs: int, right: float) -> str:
         shares = {"all": (pairs, right)}
-        print_accuracy(Facts("base", "digest", "none", shares, shares, ""))
+        print_accuracy(ScorerFacts("base", "digest", "none", shares, shares, ""))
         return capsys.readouterr().out
 
     assert "no better than chance (0.500; it would take 0.567)" in printed(150, 0.5)

@@ -313,14 +313,16 @@ class Servers:
 
     async def _send_again_what_is_lost(self, server: Server, successes: int) -> None:
         """A server that answers a probe, but nothing else, knows nothing of what is under way: it has been away."""
-        async with contextlib.aclosing(self._probes(server)) as probes:
-            async for there in probes:
-                if there:
-                    for timeout in server.overdue():
-                        timeout.reschedule(now())
-                if there or self.successes > successes:
-                    break
-        del self._searches[server]
+        try:
+            async with contextlib.aclosing(self._probes(server)) as probes:
+                async for there in probes:
+                    if there:
+                        for timeout in server.overdue():
+                            timeout.reschedule(now())
+                    if there or self.successes > successes:
+                        break
+        finally:
+            del self._searches[server]
 
     # Servers that are not there
 

@@ -32,18 +32,20 @@ class _Step:
     queries: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scorer:
+@dataclasses.dataclass(frozen=True, slots=True)
+class ScorerFacts:
+    """What is on record of a scorer; by type of negative the number of held-out pairs and the share ranked right."""
+
     base: str
-    digest: str
-    held_out: str
+    digest: str  # of its weights
+    held_out: str  # in words
     accuracy_before: dict[str, tuple[int, float]]
     accuracy_after: dict[str, tuple[int, float]]
     speed: str
 
 
 # The facts that other stages and the report rely on.
-_FACTS = {"corpus as cut": _Cut, "step 1": _Step, "scorer": _Scorer, "step 2": _Step, "step 3": _Step}
+_FACTS = {"corpus as cut": _Cut, "step 1": _Step, "scorer": ScorerFacts, "step 2": _Step, "step 3": _Step}
 
 
 @dataclasses.dataclass

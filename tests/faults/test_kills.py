@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,96 +31,96 @@ STEP_3 = ("sft_data", "sft_origins.jsonl", "dropped_queries.jsonl", "example_sea
 IN_FLIGHT = 8
 
 
-@pytest.fixture(scope="module")
-def engines() -> Iterator[Callable[[float], Engine]]:
-    """Servers whose replies take so many seconds, so that requests are under way at most moments."""
-    known: dict[float, Engine] = {}
-
-    def engine(latency: float) -> Engine:
-        known[latency] = known.get(latency) or demo_engine(latency=latency)
-        return known[latency]
-
-    yield engine
-    for server in known.values():
-        server.stop()
-
-
-Scripts = Callable[[str], Script]
-
-
-@pytest.fixture(scope="module")
-def scripts(engines: Callable[[float], Engine], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+class Scripts:
     """Every script by its name, with what it makes when nothing happens to it; made when it is first asked for."""
-    folder, mark, known = tmp_path_factory.mktemp("kills"), Mark(), dict[str, Script]()
 
-    def script(name: str) -> Script:
-        if name not in known:
-            known[name] = recipes[name]().undisturbed(folder / name, mark)
-        return known[name]
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.mark = folder, Mark()
+        self._known: dict[str, Script] = {}
+        self._engines: dict[float, Engine] = {}
 
-    @functools.cache
-    def base() -> Path:
-        make_tiny_model(folder / "tiny", datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
-        return folder / "tiny"
+    def close(self) -> None:
+        """Ends what was started."""
+        self.mark.end()
+        for server in self._engines.values():
+            server.stop()
 
-    def asking(file: str, latency: float, prepared: Path | None, names: tuple[str, ...], *flags: object) -> Script:
-        server = engines(latency)
+    def script(self, name: str) -> Script:
+        """One of them."""
+        if name not in self._known:
+            self._known[name] = getattr(self, name.replace(" ", "_"))().undisturbed(self.folder / name, self.mark)
+        return self._known[name]
+
+    def _engine(self, latency: float) -> Engine:
+        """A server whose replies take so many seconds, so that requests are under way at most moments."""
+        self._engines[latency] = self._engines.get(latency) or demo_engine(latency=latency)
+        return self._engines[latency]
+
+    @functools.cached_property
+    def _base(self) -> Path:
+        make_tiny_model(self.folder / "tiny", datasets.load_from_disk(ROOT / "DailyM")["train"]["article"])
+        return self.folder / "tiny"
+
+    def _asking(
+        self, file: str, latency: float, prepared: Path | None, names: tuple[str, ...], *flags: object
+    ) -> Script:
+        server = self._engine(latency)
         slowly = ["--api-base", server.api, "--max-in-flight", IN_FLIGHT, *flags]
         command = [sys.executable, file, "--results", "{}", *map(str, slowly)]
         return Script(command, prepared, names, asks=server, in_flight=IN_FLIGHT)
 
-    def ranks(file: str, prepared: Path, names: tuple[str, ...], *flags: object) -> Script:
+    def _ranks(self, file: str, prepared: Path, names: tuple[str, ...], *flags: object) -> Script:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", "{port}"]
         command = [*launcher, file, "--results", "{}", *map(str, flags)]
         return Script(command, prepared, names, file, environment=ON_CPU)
 
-    def after_step_1(name: str) -> Path:
-        script("step 1")
-        return shutil.copytree(folder / "step 1", folder / name)
+    def _after_step_1(self, name: str) -> Path:
+        self.script("step 1")
+        return shutil.copytree(self.folder / "step 1", self.folder / name)
 
-    def step_1() -> Script:
-        corpus = folder / "two.jsonl"
+    def step_1(self) -> Script:
+        corpus = self.folder / "two.jsonl"
         articles = datasets.load_from_disk(ROOT / "DailyM")["train"]["article"][:3:2]
         corpus.write_text("".join(json.dumps({"article": article}) + "\n" for article in articles))
         names = (*STEP_1, "scorer_pairs", "run.json")
-        return asking("step1_gen_q.py", 0.04, None, names, "--corpus", corpus, "--negatives", 20)
+        return self._asking("step1_gen_q.py", 0.04, None, names, "--corpus", corpus, "--negatives", 20)
 
-    def step_1_anew() -> Script:
-        names, prepared = (*STEP_1, "scorer_pairs", "run.json"), after_step_1("for step 1")
-        flags = ("--corpus", folder / "two.jsonl", "--negatives", 20, "--max-length", 200, "--redo")
-        return asking("step1_gen_q.py", 0.04, prepared, names, *flags)
+    def step_1_anew(self) -> Script:
+        names, prepared = (*STEP_1, "scorer_pairs", "run.json"), self._after_step_1("for step 1")
+        flags = ("--corpus", self.folder / "two.jsonl", "--negatives", 20, "--max-length", 200, "--redo")
+        return self._asking("step1_gen_q.py", 0.04, prepared, names, *flags)
 
-    def step_2() -> Script:
-        command = ["--scorer-model", base(), "--max-refills", 0, "--scorer-epochs", 2]
+    def step_2(self) -> Script:
+        command = ["--scorer-model", self._base, "--max-refills", 0, "--scorer-epochs", 2]
         command += ["--scorer-batch", 4, "--scorer-learning-rate", "3e-3"]
         names = ("scorer", "scores.jsonl", "filtered_queries.json", "run.json")
-        return ranks("step2_scorer.py", after_step_1("for step 2"), names, *command)
+        return self._ranks("step2_scorer.py", self._after_step_1("for step 2"), names, *command)
 
-    def step_3() -> Script:
-        prepared = after_step_1("for step 3")
+    def step_3(self) -> Script:
+        prepared = self._after_step_1("for step 3")
         kept = json.loads((prepared / "queries.json").read_text())
         kept = {root: queries[:20] for root, queries in kept.items()}
         (prepared / "filtered_queries.json").write_text(json.dumps(kept))
-        return asking("step3_gen_a.py", 0.04, prepared, (*STEP_3, "run.json"))
+        return self._asking("step3_gen_a.py", 0.04, prepared, (*STEP_3, "run.json"))
 
-    def inference() -> Script:
-        return asking("inference.py", 0.25, None, ("outputs",))
+    def inference(self) -> Script:
+        return self._asking("inference.py", 0.25, None, ("outputs",))
 
-    def judge() -> Script:
+    def judge(self) -> Script:
         questions = [f"第{n}个问题是什么？" for n in range(40)]
-        outputs = [str(outputs_in(folder / name, questions, name)) for name in ("好", "更好")]
+        outputs = [str(outputs_in(self.folder / name, questions, name)) for name in ("好", "更好")]
         names = ("judge.jsonl", "judge.json")
-        return asking("judge.py", 0.25, None, names, "--outputs", ",".join(outputs))
+        return self._asking("judge.py", 0.25, None, names, "--outputs", ",".join(outputs))
 
-    def finetune() -> Script:
+    def finetune(self) -> Script:
         rows = [json.loads(line) for line in (ROOT / "qa_examples.jsonl").read_text().splitlines()]
         pairs = {name: [row[name] for row in rows] * 5 for name in ("question", "answer")}
-        prepared = folder / "for finetune"
+        prepared = self.folder / "for finetune"
         datasets.Dataset.from_dict(pairs).save_to_disk(prepared / "sft_data")
-        flags = ("--model", base(), "--epochs", 3, "--held-out", 0.1)
-        return ranks("finetune.py", prepared, ("LoRA", "log.json", "run.json"), *flags)
+        flags = ("--model", self._base, "--epochs", 3, "--held-out", 0.1)
+        return self._ranks("finetune.py", prepared, ("LoRA", "log.json", "run.json"), *flags)
 
-    def merge() -> Script:
+    def merge(self) -> Script:
         """A model that takes some seconds, with an adapter of some changes."""
         import peft
         import torch
@@ -128,9 +128,9 @@ def scripts(engines: Callable[[float], Engine], tmp_path_factory: pytest.TempPat
 
         from augcon.train.base import lora
 
-        large, prepared = shutil.copytree(base(), folder / "large"), folder / "for merge"
+        large, prepared = shutil.copytree(self._base, self.folder / "large"), self.folder / "for merge"
         (large / "model.safetensors").unlink()
-        config = transformers.AutoConfig.from_pretrained(base())
+        config = transformers.AutoConfig.from_pretrained(self._base)
         config.update({"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 256})
         config.update({"num_hidden_layers": 8, "layer_types": ["full_attention"] * 8})
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -143,22 +143,26 @@ def scripts(engines: Callable[[float], Engine], tmp_path_factory: pytest.TempPat
         command = [sys.executable, "merge.py", "--results", "{}", "--base", str(large), "--quantize", "nf4"]
         return Script(command, prepared, ("sft_model",))
 
-    def augcon() -> Script:
-        script("step 1")
-        command = ["bash", "augcon.sh", "--corpus", str(folder / "two.jsonl"), "--results", "{}", "--negatives", "30"]
+    def augcon(self) -> Script:
+        self.script("step 1")
+        command = [
+            "bash",
+            "augcon.sh",
+            "--corpus",
+            str(self.folder / "two.jsonl"),
+            "--results",
+            "{}",
+            "--negatives",
+            "30",
+        ]
         return Script(command, None, (*STEP_1, *STEP_3, "scores.jsonl", "filtered_queries.json"))
 
-    recipes = {
-        "step 1": step_1,
-        "step 1 anew": step_1_anew,
-        "step 2": step_2,
-        "step 3": step_3,
-        "inference": inference,
-        "judge": judge,
-    }
-    recipes |= {"finetune": finetune, "merge": merge, "augcon": augcon}
-    yield script
-    mark.end()
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripts]:
+    made = Scripts(tmp_path_factory.mktemp("kills"))
+    yield made
+    made.close()
 
 
 SIGNALS = ("SIGKILL", "SIGTERM", "Ctrl-C")
@@ -190,7 +194,7 @@ def rounds() -> Iterator[Any]:
 def test_killed_and_run_again_it_ends_with_the_same_results(
     scripts: Scripts, name: str, how: str, seed: int, tmp_path: Path, mark: Mark
 ):
-    words, faults = kill_and_run_again(scripts(name), tmp_path / "r", how, seed, mark)
+    words, faults = kill_and_run_again(scripts.script(name), tmp_path / "r", how, seed, mark)
     print(f"\n{name}, {words}; {faults or 'the same'}")
     assert not faults, words
 
