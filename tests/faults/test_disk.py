@@ -109,6 +109,14 @@ class Disk:
     def resize(self, size: int) -> None:
         self.mount(f"size={size}", again=True)
 
+    def hold(self, folder: Path) -> int:
+        """Makes a copy of a folder all that is on the disk; the bytes that it takes."""
+        self.resize(100 << 20)
+        shutil.rmtree(self.folder / "results", ignore_errors=True)
+        shutil.copytree(folder, self.folder / "results")
+        about = os.statvfs(self.folder)
+        return (about.f_blocks - about.f_bfree) * about.f_frsize
+
     def close(self) -> None:
         subprocess.run([*([] if os.getuid() == 0 else ["sudo", "-n"]), "umount", "-l", self.folder], check=True)
 
@@ -122,11 +130,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     made.close()
 
 
-def size_of(folder: Path) -> int:
-    """In whole pages, as a disk in memory takes them."""
-    return sum(-(-path.stat().st_size // 4096) * 4096 + 4096 for path in (folder, *folder.rglob("*")))
-
-
 # Full disks
 
 
@@ -134,12 +137,10 @@ def fill_and_go_on(script: str, shares: list[float], tools: Tools, before: Calla
     """A script on a disk with room for a share of what it writes, and again with room; how often it stopped."""
     stopped, results = 0, disk.folder / "results"
     start, end = before(script), before(next_after(script))
-    grown = size_of(end) - size_of(start)
+    whole = disk.hold(end)
     for share in shares:
-        disk.resize(100 << 20)
-        shutil.rmtree(results, ignore_errors=True)
-        shutil.copytree(start, results)
-        disk.resize(int(size_of(disk.folder) + share * grown))
+        used = disk.hold(start)
+        disk.resize(int(used + share * (whole - used)))
         done = tools.run(script, results)
         assert "Traceback" not in done.stderr, (share, done.stderr)
         assert done.returncode == 0 or says_one_line(done, str(results)), (share, done.stderr)
