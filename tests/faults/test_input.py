@@ -134,7 +134,7 @@ def test_each_row_gives_an_article_without_a_loss_or_a_skip_with_its_reason(tmp_
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", HUGE)
 def test_so_does_an_article_of_three_million_characters(tmp_path: Path, name: str):
-    texts = {"first": SENTENCE, name: HUGE[name]}
+    texts = {"first": "The mill stands by the river.", name: HUGE[name]}  # not like it, or it would be left out
     all_is_accounted_for(read_corpus(CorpusRules(str(corpus(tmp_path, texts)))), texts)
 
 
