@@ -6,14 +6,15 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
-from pydantic import TypeAdapter
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
 from augcon.errors import UserError, one_line
 from augcon.files import digest
@@ -29,6 +30,16 @@ _UNDERSTOOD = {
     "eva_config",
 }
 _ON_RECORD = {"weights": "content of the base model"}  # names that differ there
+
+
+class _Config(TypedDict):
+    """What is read of an adapter's configuration; there is more."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+    lora_alpha: float
+    alpha_pattern: NotRequired[dict[str, float] | None]
+    use_rslora: NotRequired[bool]
+    base_model_name_or_path: NotRequired[str | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Adapter:
 
     folder: Path
     base: str  # the one that it names itself, if any
-    config: dict[str, Any]
+    config: _Config
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
     digest: str
 
@@ -84,7 +95,7 @@ def read_adapter(folder: Path) -> Adapter:
     weights = folder / "adapter_model.safetensors"
     try:
         settings = (folder / "adapter_config.json").read_bytes()
-        config = TypeAdapter(dict[str, Any]).validate_json(settings)
+        config = TypeAdapter(_Config).validate_json(settings)
         tensors = load_file(weights)
         content = digest(settings, weights.read_bytes())
     except FileNotFoundError as error:
@@ -108,7 +119,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(folder, config.get("base_model_name_or_path") or "", config, factors, content)
 
 
-def _inexact(config: dict[str, Any]) -> Iterator[str]:
+def _inexact(config: Mapping[str, object]) -> Iterator[str]:
     default = LoraConfig().to_dict()
     known = {
         "peft_type": ("LORA",),
