@@ -288,5 +288,6 @@ def test_every_script_ends_in_a_result_or_a_line_whatever_file_is_damaged(whole:
             done = run.run(script)
             said = f"{script} with {name} {kind}: {done.returncode} {done.stdout} {done.stderr}"
             assert "Traceback" not in done.stdout + done.stderr and done.returncode != -9, said
-            assert done.returncode == 0 or says_one_line(done, name), said
+            changed = name == "run.json" and says_one_line(done, "results was made with other settings: ")
+            assert done.returncode == 0 or says_one_line(done, name) or changed, said
             shutil.rmtree(run.folder)
