@@ -112,9 +112,18 @@ class Settings(BaseSettings):
         pattern=r"^(\d+(\.\d+)?(,\d+(\.\d+)?){2})?$",
     )
     speed: float = _server(0, "tokens written a second, for the times of --dry-run; 0: as in its trial", ge=0)
+    ray: str = _server(
+        "",
+        "address of a Ray cluster whose nodes share steps 1 and 3, HOST:PORT or auto; see docs/cluster.md",
+        pattern=r"^(auto|[^\s/:]+:\d{1,5})?$",
+    )
+    shard: int = _server(1000, "root contexts that a node of the cluster works on at a time", ge=1)
     server_wait: float = _server(600, "seconds to wait for a server that stopped answering", ge=0, le=604800)
 
     demo: bool = _serving(False, "serve the demonstration engine, which answers by rules and is not an LLM")
+    host: str = _serving(
+        "127.0.0.1", "this machine's address to listen at; at another than loopback's, AUGCON_API_KEY has to set a key"
+    )
     tensor_parallel: int = _serving(0, "GPUs that share a copy of the model; 0: as few as leave room to batch", ge=0)
     serve_arguments: str = _serving("", "further arguments for vLLM, in one string")
 

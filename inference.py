@@ -66,7 +66,8 @@ async def answer_questions(settings: Settings, results: Results, store: Store) -
             )
         written = [reply.text if isinstance(reply, Reply) else "" for reply in replies]  # empty where refused or blank
         answers = [clean(without_thinking(text)).strip() for text in written]
-        write_dataset(outputs, {"question": questions, "answer": answers})
+        pairs = zip(questions, answers, strict=True)
+        write_dataset(outputs, ({"question": question, "answer": answer} for question, answer in pairs))
         flaws = Counter({f"refused ({reason})": number for reason, number in refused.items()})
         flaws["without a question"] = blank.total()
         flaws["empty"] = answers.count("") - flaws.total()

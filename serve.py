@@ -17,12 +17,13 @@ import secrets
 import shlex
 import sys
 import time
+from typing import NoReturn
 
 from augcon.errors import UserError, stage
 from augcon.hub import Model, find_model
 from augcon.machine.gpus import gpu_memory_released, linked, require_driver, visible_gpus
 from augcon.machine.processes import exit_status, start, stopping_children
-from augcon.machine.server import Server, free_port, port_of, python_module
+from augcon.machine.server import LOOPBACK, Server, free_port, port_of, python_module
 from augcon.machine.spread import Layout, busy, read_shape, spread
 from augcon.machine.vllm import GUARD, require_vllm, vllm_command
 from augcon.run.results import Results
@@ -39,29 +40,36 @@ def main() -> None:
         raise UserError("there is no command after --; add one, or leave out --")
     del sys.argv[end:]
     settings = load_settings(__doc__, "serve.py and augcon.sh", "server")
-    port = free_port() if command else port_of(settings.api_base)
-    given = settings.api_key.get_secret_value()
+    given, here = settings.api_key.get_secret_value(), settings.host == LOOPBACK
     own = given if given != "EMPTY" else os.environ.get("VLLM_API_KEY", "")
-    key = secrets.token_urlsafe() if command else own
+    key = secrets.token_urlsafe() if command and here else own
+    if not key and not here:
+        raise UserError(
+            f"--host {settings.host}: whoever reaches it could ask the model; set a key with AUGCON_API_KEY"
+        )
+    if settings.ray and command and not settings.dry_run:
+        serve_on_nodes(settings, key, command)
+    port = free_port(0, settings.host) if command else port_of(settings.api_base, settings.host)
     if settings.demo:
         model, description = None, "the demonstration engine (rules, not an LLM)"
-        serving = python_module("augcon.demo.engine", port)
+        serving = python_module("augcon.demo.engine", port, host=settings.host)
     else:
         require_vllm()
         model = find_model(settings.model)
         layout, description = plan(model, settings)
         name = settings.api_model or settings.model
-        serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments) + GUARD * bool(key)
+        serving = vllm_command(model.folder, name, port, layout, settings.serve_arguments, settings.host)
+        serving += GUARD * bool(key)
     if settings.dry_run and model:
         print(f"download: {model.to_download()}\ncommand: {shlex.join(serving)}")
         model, description = None, "the demonstration engine, whose replies are from rules, in its place for the trial"
-        serving = python_module("augcon.demo.engine", port)
+        serving = python_module("augcon.demo.engine", port, host=settings.host)
     if settings.dry_run and not command:
         return
     if model:
         model.download()
     with gpu_memory_released(), stopping_children(stop_with_parent=bool(command)):
-        server = Server(serving, port, Results(settings.results).server_log, key)
+        server = Server(serving, port, Results(settings.results).server_log, key, settings.host)
         print(f"server:  starting {description}; its log is {server.log}", flush=True)
         server.wait_until_ready()
         who = "" if key else ", for whoever has an account here, as AUGCON_API_KEY sets no key"
@@ -69,13 +77,25 @@ def main() -> None:
         if 0 < (longest := server.longest_request()) < LONG:
             limit = "which is the model's limit or all that the memory holds"
             print(f"warning: prompt and reply have {longest:,} tokens in all, {limit}; long ones fail", file=sys.stderr)
-        # The server has one model. A name that was set for another server would not find it.
-        asks = {"AUGCON_API_BASE": server.api_base, "AUGCON_API_KEY": key, "AUGCON_API_MODEL": ""}
-        process = start(command, {**os.environ, **asks}) if command else None
+        process = start(command, asking(server.api_base, key)) if command else None
         while process is None or process.poll() is None:
             server.check()
             time.sleep(0.1)
     sys.exit(exit_status(process))
+
+
+def asking(api_base: str, key: str) -> dict[str, str]:
+    """The environment of a command that asks the servers."""
+    # They have one model. A name that was set for another server would not find it.
+    return {**os.environ, "AUGCON_API_BASE": api_base, "AUGCON_API_KEY": key, "AUGCON_API_MODEL": ""}
+
+
+def serve_on_nodes(settings: Settings, key: str, command: list[str]) -> NoReturn:
+    """Serves the model on the nodes of a Ray cluster while a command runs, and ends with its status."""
+    from augcon.cluster import servers
+
+    with stopping_children(stop_with_parent=True), servers(settings, key) as addresses:
+        sys.exit(exit_status(start(command, asking(",".join(addresses), key))))
 
 
 def plan(model: Model, settings: Settings) -> tuple[Layout | None, str]:

@@ -9,15 +9,15 @@ sft_data (dataset of question and answer), sft_origins.jsonl (where each pair ca
 """
 
 import dataclasses
-import itertools
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from augcon.data import Answer, Query, RootContext
+from augcon.cluster import on_nodes
+from augcon.data import Answer, Example, Query, RootContext
 from augcon.errors import UserError, stage
-from augcon.files import file_digest, read_lines, write_dataset, write_json, write_lines
+from augcon.files import digest, file_digest, read_lines, write_dataset, write_json, write_lines
 from augcon.llm.store import Store
 from augcon.method.answers import AnswerRules, Graded, Search, Trial, answer_query, plan_search, thin_out, try_examples
 from augcon.ordered import map_in_order
@@ -26,8 +26,10 @@ from augcon.progress import Panel, bar
 from augcon.run.inputs import answer_inputs, prompts_for, read_examples, text_for
 from augcon.run.prices import Prices
 from augcon.run.recipe import run_recipe
-from augcon.run.report import CallFigures, format_counts, print_answers, print_search
-from augcon.run.results import STEP_1, STEP_2, Results
+from augcon.run.record import Inputs
+from augcon.run.report import AnswerFigures, CallFigures, format_counts, print_search
+from augcon.run.results import STEP_1, STEP_2, Results, Scored
+from augcon.run.shards import cut_in_shards, hand_out_queries, join_pairs
 from augcon.text.prompts import load_prompts
 from augcon.text.units import Language, clean
 from config import Settings, load_settings, pick
@@ -38,15 +40,8 @@ if TYPE_CHECKING:
     from augcon.llm.client import LLM
 
 Searches = dict[Language, Search]
+Shown = dict[Language, list[Example]]
 Roots = dict[int, RootContext]  # by their number; empty where step 1 has left no list of them
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scored:
-    """What is read of a line of scores.jsonl."""
-
-    id: str
-    score: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -68,15 +63,12 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
     from augcon.llm.client import LLM, Endpoint  # slow: not for --help
 
     started = time.monotonic()
-    listed = itertools.chain.from_iterable(queries for _, queries in results.each_root(results.filtered_queries))
-    # As the readers of the data take its texts; a question by hand may have white space around it.
-    queries = [dataclasses.replace(query, text=text) for query in listed if (text := clean(query.text).strip())]
-    if not queries:
-        raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
-    roots = {root.root: root for root in results.read_contexts()} if results.contexts.exists() else {}
-    examples = read_examples(settings.qa_examples)
+    queries = each_query(results) if settings.ray else list(each_query(results))
     languages = Counter(prompts_for(query.text, settings.language).language for query in queries)
-    print(f"queries: {len(queries):,} to answer ({format_counts(languages)}); {len(examples)} examples by people")
+    if not languages:
+        raise UserError(f"{results.filtered_queries} has no query; see the figures of steps 1 and 2")
+    number, examples = languages.total(), read_examples(settings.qa_examples)
+    print(f"queries: {number:,} to answer ({format_counts(languages)}); {len(examples)} examples by people")
     searches = {
         of: plan_search(examples, of, settings.examples_shown, settings.candidates, settings.seed)
         for of in sorted(languages)
@@ -91,20 +83,26 @@ async def make_answers(settings: Settings, results: Results, store: Store) -> No
         }
         same = results.record.begin("step 3", inputs, results.made("step 3"), settings.redo)
 
-        calls = 2 * sum(len(search.trials()) for search in searches.values()) + len(queries)
+        calls = 2 * sum(len(search.trials()) for search in searches.values()) + number
         with bar(calls, "answers", "calls") as progress:
             for search in searches.values():
                 await try_sets(settings, llm, search, progress)
             write_json(results.example_search, {of: search.table() for of, search in searches.items()})
-            answers = await answer_all(settings, llm, searches, queries, roots, progress)
+            by_nodes: list[CallFigures] = []
+            shown: Shown = {of: search.shown(search.winner) for of, search in searches.items()}
+            if isinstance(queries, list):
+                answers = await answer_all(settings, results, llm, shown, queries, progress)
+            else:
+                answers, by_nodes = await answer_on_nodes(settings, results, inputs, shown, progress)
         for search in searches.values():
             print_search(search)
-        print_answers(answers, results.dropped_queries)
-        write_data(settings, results, roots, answers)
-        asked = CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices))
+        answers.print(results.dropped_queries)
+        if not answers.kept:
+            reasons = format_counts(answers.dropped)
+            raise UserError(f"none of the {number:,} answers is usable ({reasons}); see {results.dropped_queries}")
+        asked = CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices)).beside(by_nodes)
         asked.print()
-        dropped = Counter(answer.reason for answer in answers if answer.text is None)
-        results.keep_figures("step 3", asked, same, queries=len(queries), dropped=dropped)
+        results.keep_figures("step 3", asked, same, queries=number, dropped=answers.dropped)
         print(f"made:    {results.sft_data}, {results.sft_origins}, {results.example_search}")
     results.record.finish("step 3", queries=file_digest(results.filtered_queries))
 
@@ -123,11 +121,65 @@ async def try_sets(settings: Settings, llm: "LLM", search: Search, progress: "tq
         search.graded[trial] = graded
 
 
+async def answer_on_nodes(
+    settings: Settings, results: Results, inputs: Inputs, shown: Shown, progress: "tqdm[None]"
+) -> tuple[AnswerFigures, list[CallFigures]]:
+    """As ``answer_all``, shard by shard on the nodes of a Ray cluster; returns what they asked, too."""
+    shards = cut_in_shards(results, settings.shard)
+    hand_out_queries(results, shards)
+    answers, asked = AnswerFigures(), list[CallFigures]()
+    async for shard, calls in on_nodes("step3_gen_a:answer_shard", settings, shards, lambda _: (inputs, shown)):
+        of_shard = shard.results.figures_of("step 3", AnswerFigures)
+        answers += of_shard
+        asked += [calls] if calls else []
+        progress.update(of_shard.queries)
+    join_pairs(results, shards)
+    return answers, asked
+
+
+async def answer_shard(
+    settings: Settings, results: Results, store: Store, inputs: Inputs, shown: Shown
+) -> CallFigures | None:
+    """What a node does: the recipe for one shard. Returns what it asked, or None where all had been done."""
+    from augcon.llm.client import LLM, Endpoint
+
+    started = time.monotonic()
+    read = [file_digest(path) for path in (results.contexts, results.filtered_queries, results.scores) if path.exists()]
+    examples = {of: list(map(dataclasses.astuple, some)) for of, some in shown.items()}
+    inputs = {**inputs, "content of the shard": digest(read, examples)}
+    made = [results.sft_origins, results.dropped_queries]
+    done = results.record.done_with("step 3", inputs)
+    if done is not None and all(path.exists() for path in [*made, *([results.sft_data] if done["pairs"] else [])]):
+        return None
+    async with LLM(pick(Endpoint, settings), store) as llm:
+        await llm.connect(settings.model, str(inputs["model served"]))
+        same = results.record.begin("step 3", inputs, (), redo=True)
+        queries = list(each_query(results))
+        with bar(len(queries), "answers", "calls") as progress:
+            answers = await answer_all(settings, results, llm, shown, queries, progress)
+        asked = CallFigures.of(llm, time.monotonic() - started, Prices.read(settings.prices))
+        results.keep_figures("step 3", asked, same, of=vars(answers))
+        results.record.finish("step 3", pairs=answers.kept)
+    return asked
+
+
+def each_query(results: Results) -> Iterator[Query]:
+    """The queries that step 2 has kept; memory for those of one root context."""
+    for _, queries in results.each_root(results.filtered_queries):
+        for query in queries:
+            # As the readers of the data take its texts; a question by hand may have white space around it.
+            if text := clean(query.text).strip():
+                yield dataclasses.replace(query, text=text)
+
+
 async def answer_all(
-    settings: Settings, llm: "LLM", searches: Searches, queries: list[Query], roots: Roots, progress: "tqdm[None]"
-) -> list[Answer]:
-    """Answers every query with the examples chosen for its language, and leaves out what is answered alike."""
-    shown = {of: search.shown(search.winner) for of, search in searches.items()}
+    settings: Settings, results: Results, llm: "LLM", shown: Shown, queries: list[Query], progress: "tqdm[None]"
+) -> AnswerFigures:
+    """Answers every query with the examples for its language, leaves out what is answered alike, and writes the rest.
+
+    ``shown`` are the examples by language.
+    """
+    roots = {root.root: root for root in results.read_contexts()} if results.contexts.exists() else {}
     rules = pick(AnswerRules, settings)
 
     async def answer(query: Query) -> Answer:
@@ -143,19 +195,18 @@ async def answer_all(
     with Panel("question", "answer", "from") as panel:
         answers = [answered async for _, answered in map_in_order(answer, queries, llm.servers.room)]
     articles = {number: root.article for number, root in roots.items()}
-    return list(thin_out(answers, articles, settings.alike_answers)) if settings.alike_answers else answers
+    if settings.alike_answers:
+        answers = list(thin_out(answers, articles, settings.alike_answers))
+    write_data(settings, results, roots, answers)
+    return AnswerFigures.of(answers)
 
 
 def write_data(settings: Settings, results: Results, roots: Roots, answers: list[Answer]) -> None:
-    """Writes the pairs, where they came from and what was dropped. Raises UserError when no pair is left."""
+    """Writes the pairs, where they came from and what was dropped."""
     kept = [answer for answer in answers if answer.text is not None]
     write_lines(results.dropped_queries, (dropped_row(answer) for answer in answers if answer.text is None))
     write_lines(results.sft_origins, origins(settings, results, roots, kept))
-    questions, texts = [answer.query.text for answer in kept], [answer.text for answer in kept]
-    write_dataset(results.sft_data, {"question": questions, "answer": texts})
-    if not kept:
-        reasons = format_counts(Counter(answer.reason for answer in answers))
-        raise UserError(f"none of the {len(answers):,} answers is usable ({reasons}); see {results.dropped_queries}")
+    write_dataset(results.sft_data, ({"question": answer.query.text, "answer": answer.text} for answer in kept))
 
 
 def dropped_row(answer: Answer) -> dict[str, object]:

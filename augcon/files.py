@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -91,21 +92,44 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         file.writelines(map(json_line, rows))
 
 
+def join_lines(path: Path, parts: Iterable[Path]) -> None:
+    """Writes what is in several files of lines as one."""
+    with new_file(path) as file:
+        for part in parts:
+            with part.open(encoding="utf-8") as lines:
+                shutil.copyfileobj(lines, file, _CHUNK)
+
+
 def json_line(row: Mapping[str, object]) -> str:
     """A line of a JSON Lines file."""
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def write_dataset(path: Path, columns: Mapping[str, list[Any]]) -> None:
-    """Writes a dataset. Without rows it only removes what is there, for an empty dataset cannot be loaded again."""
-    if not any(columns.values()):
+def write_dataset(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a dataset row by row: memory for a thousand, and the same bytes for the same rows.
+
+    Without rows it only removes what is there, for an empty dataset cannot be loaded again.
+    """
+    rows = iter(rows)
+    first = next(rows, None)
+    if first is None:
         shutil.rmtree(path, ignore_errors=True)
         return
     import datasets  # slow: only where it is needed
+    from datasets.arrow_writer import ArrowWriter
 
     datasets.disable_progress_bars()
     with new_folder(path) as folder:
-        datasets.Dataset.from_dict(dict(columns)).save_to_disk(folder)
+        whole = folder / "whole" / "rows.arrow"
+        whole.parent.mkdir()
+        with ArrowWriter(path=str(whole), writer_batch_size=1000) as writer:
+            for row in itertools.chain([first], rows):
+                writer.write(dict(row))
+            writer.finalize()
+        read = datasets.Dataset.from_file(str(whole))
+        # The fingerprint that it comes with depends on the time.
+        datasets.Dataset(read.data, info=read.info, fingerprint=file_digest(whole)).save_to_disk(folder)
+        shutil.rmtree(whole.parent)
 
 
 def write_arrow(

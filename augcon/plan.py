@@ -39,7 +39,7 @@ def way(settings: Settings, gpus: int) -> str:
     The scorer is "tiny" where the model cannot be trained, else the settings' "own".
     """
     server = server_of(settings, gpus)
-    trains = settings.scorer_model or server == "vllm" or (server == "given" and gpus)
+    trains = settings.scorer_model or (server != "demo" and gpus) or (server == "vllm" and not settings.ray)
     run = "dry" if settings.dry_run else "real"
     return f"{server} {'own' if trains else 'tiny'} {gpus} {run} {Path(settings.results)}"
 
@@ -48,7 +48,7 @@ def server_of(settings: Settings, gpus: int) -> str:
     """Who serves: the server that is "given", or one that is started, "vllm" or "demo"."""
     if "api_base" in settings.model_fields_set:
         return "given"
-    demo = settings.demo if "demo" in settings.model_fields_set else not gpus
+    demo = settings.demo if "demo" in settings.model_fields_set else not (gpus or settings.ray)
     return "demo" if demo else "vllm"
 
 

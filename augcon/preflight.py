@@ -26,7 +26,7 @@ from augcon.progress import bar
 from augcon.run.cut import CorpusRules, read_corpus
 from augcon.run.inputs import prompts_for, read_examples, text_for
 from augcon.run.prices import Prices
-from augcon.run.report import TreeFigures, print_answers
+from augcon.run.report import AnswerFigures, TreeFigures
 from augcon.run.results import Results
 from augcon.text.prompts import load_prompts
 from config import Settings, pick
@@ -202,7 +202,7 @@ async def try_answers(
     trials = [(search, trial) for search in searches.values() for trial in search.trials()]
     searched = await attempt(settings, llm, "the search for examples", trials, grade)
     answers = await attempt(settings, llm, "answers", queries, answer)
-    print_answers(answers.made)
+    AnswerFigures.of(answers.made).print()
     cost = answers.of(share * len(answers.items) / max(1, len(queries)))
     cost += searched.of(len(searched.items) / max(1, len(trials)))
     report(settings, llm, "step 3", cost)

@@ -106,13 +106,13 @@ def measured(work: str, folder: Path, code: Path, nodes: int) -> list[float]:
 
 def step_1(folder: Path, nodes: int) -> float:
     """Writes trees and adds up the figures, as step 1 does; then leaves what step 2 needs besides."""
-    from augcon.method.pairs import Reservoir
+    from augcon.method.pairs import Sample
     from augcon.method.tree import Grown
     from augcon.run.report import TreeFigures
     from augcon.run.results import Results
     from augcon.train.scores import key
 
-    results, figures, sample = Results(folder), TreeFigures(), Reservoir(3000, 42)
+    results, figures, sample = Results(folder), TreeFigures(), Sample(3000, 42)
     folder.mkdir()
     seconds, rng = 0.0, random.Random(2)
     kept = results.scores_parts / "scorer" / "part-0.jsonl"
@@ -124,7 +124,7 @@ def step_1(folder: Path, nodes: int) -> float:
             grown = Grown(root, tree, 1, root.quota)
             figures.add(grown)
             for query in grown.good_queries:
-                sample.offer(query)
+                sample.offer(query.id, query)
             seconds += time.process_time() - started
             contexts.write(json.dumps({name: getattr(root, name) for name in root.__slots__}) + "\n")
             queries = [query for node in tree for query in node.queries]

@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "demo": {"data", "errors", "text"},
     "preflight": {"data", "method", "ordered", "plan", "llm", "progress", "run", "text"},
     "api": {"errors", "files", "run"},
+    "cluster": {"errors", "llm", "machine", "ordered", "run"},
     "plan": {"errors", "files", "hub", "machine", "run"},  # scripts, though they live here: augcon.sh asks this one
 }
 SLOW = {"torch", "transformers", "peft", "trl", "deepspeed", "accelerate", "bitsandbytes"}

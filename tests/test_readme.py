@@ -158,6 +158,8 @@ def test_links_paths_and_flags_in_the_documents_are_there(document: Path):
         "--generation-config",
         "--dataset",  # of ms-swift
         "--val_dataset",
+        *("--head", "--port", "--address", "--block"),  # of Ray
+        *("--nodes", "--ntasks", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--overlap"),  # of Slurm
     }
     assert set(re.findall(r"(?<=[\s`])--[a-z][\w-]*", text)) <= flags
 

@@ -12,11 +12,13 @@ from typing import Any
 import datasets
 import pytest
 from conftest import ROOT, Engine, run, says_one_line
+from hypothesis import given
+from hypothesis import strategies as st
 from reports import HOSTILE, write_run
 
 from augcon.data import Pair
 from augcon.errors import UserError
-from augcon.method.pairs import Reservoir
+from augcon.method.pairs import Sample
 from augcon.report.alike import Scored, beside_kept
 from augcon.report.gather import held
 from augcon.report.questions import KINDS, kind_of
@@ -256,12 +258,24 @@ def test_a_question_left_out_stands_beside_the_kept_one_that_it_is_most_like():
 def test_a_sample_is_fair_and_the_same_for_its_seed():
     drawn = []
     for seed in range(300):
-        sample = Reservoir[int](5, seed)
+        sample = Sample[int](5, seed)
         for item in range(20):
-            sample.offer(item)
+            sample.offer(item, item)
         assert len(set(sample.kept)) == 5 and sample.offered == 20
         drawn += sample.kept
     assert all(40 < drawn.count(item) < 115 for item in range(20))
+
+
+@given(st.integers(0, 8), st.lists(st.integers(0, 3), max_size=40))
+def test_a_sample_of_parts_is_that_of_the_whole(size: int, part_of: list[int]):
+    whole, parts = Sample[int](size, 7), [Sample[int](size, 7) for _ in range(4)]
+    for item, part in enumerate(part_of):
+        whole.offer(item, item)
+        parts[part].offer(item, item)
+    joined = parts.pop()
+    for part in parts:
+        joined += part
+    assert joined.kept == whole.kept and joined.offered == whole.offered == len(part_of)
 
 
 PAIRS = [Pair("One?", "1"), Pair("Two?", "2"), Pair("Three?", "3"), Pair("One?", "4")]

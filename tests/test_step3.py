@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import ROOT, Engine, clean_environment, demo_engine, run, says_one
 from scripted_server import Behaviour, ScriptedServer, prompt_of, refuses, says
 
 from augcon.method.diversity import DiverseQueries
+from augcon.run.results import Scored
 from augcon.text.prompts import load_prompts
 
 MADE = ("sft_origins.jsonl", "dropped_queries.jsonl", "example_search.json")
@@ -62,7 +64,7 @@ def filtered(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Path:
         diverse = DiverseQueries(0.7)
         kept[root] = [pair for pair in queries if len(diverse.kept) < 15 and diverse.offer(pair[1])]
         scores += [
-            {"id": ids[int(root), context, query].pop(0), "root": int(root), "score": n / 8, "fate": "kept"}
+            asdict(Scored(ids[int(root), context, query].pop(0), int(root), query, n / 8, "kept"))
             for n, (context, query) in enumerate(queries)
         ]
     (results / "filtered_queries.json").write_text(json.dumps(kept))

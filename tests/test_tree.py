@@ -383,7 +383,7 @@ def test_a_refill_grows_one_more_tree_each_over_what_was_grown_before():
 def pairs_of(model: Model, queries: list[Query], negatives: int = 100) -> list[ScorerPair | str]:
     async def collect() -> list[ScorerPair | str]:
         roots = [root_of(query.context) for query in QUERIES]
-        source = pairs.make_pairs(model, lambda root: PROMPTS, roots, queries, negatives, RULES, seed=1, room=lambda: 8)
+        source = pairs.make_pairs(model, lambda root: PROMPTS, roots, queries, negatives, RULES, room=lambda: 8)
         return [outcome async for outcome in source]
 
     return asyncio.run(collect())

@@ -18,6 +18,7 @@ import psutil
 from augcon.errors import UserError, one_line
 from augcon.machine.processes import start
 
+LOOPBACK = "127.0.0.1"
 # Ports that Linux gives to no connection: who listens there may take a minute to start, and none must be sooner.
 _QUIET = range(20_000, 32_768)
 # A fault, in a line that is neither vLLM's news nor a warning of anyone, which may quote one.
@@ -31,30 +32,30 @@ _without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _PROGRESS = re.compile(r"INFO \S+ \S+ \[\S+\]\s*(.+)|(.*\d%.*)")  # a message of vLLM, or a progress bar
 
 
-def python_module(module: str, port: int, *arguments: str) -> list[str]:
-    """The command that serves a Python module on loopback. With -P, nothing in the working directory shadows it."""
-    return [sys.executable, "-P", "-m", module, *arguments, "--host", "127.0.0.1", "--port", str(port)]
+def python_module(module: str, port: int, *arguments: str, host: str = LOOPBACK) -> list[str]:
+    """The command that serves a Python module. With -P, nothing in the working directory shadows it."""
+    return [sys.executable, "-P", "-m", module, *arguments, "--host", host, "--port", str(port)]
 
 
-def free_port(wanted: int = 0) -> int:
-    """A port of loopback on which nothing listens. Raises OSError or OverflowError if it cannot be the one wanted."""
+def free_port(wanted: int = 0, host: str = LOOPBACK) -> int:
+    """A port at which nothing listens. Raises OSError or OverflowError if it cannot be the one wanted."""
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         for port in () if wanted else random.sample(_QUIET, 9):
             with contextlib.suppress(OSError):
-                listener.bind(("127.0.0.1", port))
+                listener.bind((host, port))
                 return port
-        listener.bind(("127.0.0.1", wanted))
+        listener.bind((host, wanted))
         return int(listener.getsockname()[1])
 
 
-def port_of(api_base: str) -> int:
+def port_of(api_base: str, host: str = LOOPBACK) -> int:
     """The port in ``api_base``. Raises UserError if no server can be started at that address."""
-    address = re.fullmatch(r"http://(?:127\.0\.0\.1|localhost)(?::(\d+))?/v1/?", api_base)
+    address = re.fullmatch(rf"http://(?:127\.0\.0\.1|localhost|{re.escape(host)})(?::(\d+))?/v1/?", api_base)
     if not address:
-        raise UserError(f"--api-base {api_base!r}: servers start on this machine only, at http://127.0.0.1:PORT/v1")
+        raise UserError(f"--api-base {api_base!r}: servers start on this machine only, at http://{host}:PORT/v1")
     try:
-        return free_port(int(address[1] or 80))
+        return free_port(int(address[1] or 80), host)
     except (OSError, OverflowError) as error:
         raise UserError(f"cannot listen at {api_base} ({one_line(error)}); choose another --api-base") from error
 
@@ -79,9 +80,9 @@ def _reason(lines: list[str]) -> str:
 class Server:
     """A server process with its own log. Start it inside ``processes.stopping_children``, which stops it."""
 
-    def __init__(self, command: list[str], port: int, log: Path, key: str = "") -> None:
+    def __init__(self, command: list[str], port: int, log: Path, key: str = "", host: str = LOOPBACK) -> None:
         self.port, self.log, self.key = port, log, key
-        self.api_base = f"http://127.0.0.1:{port}/v1"
+        self.api_base = f"http://{host}:{port}/v1"
         modules = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]))
         loopback = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}  # or its processes meet on the network
         ours = {"PYTHONPATH": modules, "VLLM_API_KEY": key, "AUGCON_API_KEY": ""}

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from augcon.errors import UserError
-from augcon.machine.server import python_module
+from augcon.machine.server import LOOPBACK, python_module
 from augcon.machine.spread import Layout
 
 GUARD = ["--middleware", "augcon.machine.guard.Guard"]  # with a key: for paths that vLLM leaves open
@@ -22,7 +22,9 @@ def require_vllm() -> None:
         )
 
 
-def vllm_command(model: Path, name: str, port: int, layout: Layout | None, arguments: str) -> list[str]:
+def vllm_command(
+    model: Path, name: str, port: int, layout: Layout | None, arguments: str, host: str = LOOPBACK
+) -> list[str]:
     """The command that serves the model in a folder under a name, with vLLM's CPU build if there is no layout.
 
     ``arguments`` are passed to vLLM. How many requests and tokens it takes in one step is left to vLLM, which has
@@ -32,8 +34,8 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
     own = shlex.split(arguments)
     if ours := next(filter(_OURS.match, own), ""):
         raise UserError(
-            f"--serve-arguments: {ours.partition('=')[0]} is set by AugCon, which serves on this machine only; "
-            "--api-base has the port, AUGCON_API_KEY the key"
+            f"--serve-arguments: {ours.partition('=')[0]} is set by AugCon; --host has the address, "
+            "--api-base the port, AUGCON_API_KEY the key"
         )
     common = ["--served-model-name", name]
     common += ["--max-model-len", "auto"]  # the model's own limit, or what fits in memory
@@ -43,7 +45,7 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
     if layout:
         # The engines read the weights at the same time, from a slow disk for longer than the 10 minutes allowed.
         command = ["env", "VLLM_ENGINE_READY_TIMEOUT_S=7200"]
-        command += python_module("vllm.entrypoints.cli.main", port, "serve", str(model))
+        command += python_module("vllm.entrypoints.cli.main", port, "serve", str(model), host=host)
         command += ["--tensor-parallel-size", str(layout.tensor), "--data-parallel-size", str(layout.data)]
         command += ["--gpu-memory-utilization", str(layout.utilisation)]
     else:
@@ -51,7 +53,7 @@ def vllm_command(model: Path, name: str, port: int, layout: Layout | None, argum
         # It crashes on seeded requests with chunked prefill. So a step reads whole prompts, at some hundred tokens a
         # second, and it may take longer than vLLM allows by itself. The cache would take nearly all memory.
         command = ["env", "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS=3600", "VLLM_CPU_NUM_OF_RESERVED_CPU=0"]
-        command += python_module("vllm.entrypoints.openai.api_server", port, "--model", str(model))
+        command += python_module("vllm.entrypoints.openai.api_server", port, "--model", str(model), host=host)
         command += ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-seqs", "16"]
         command += ["--kv-cache-memory-bytes", str(2 * 2**30)]
         if not re.search("amx_bf16|avx512_bf16", Path("/proc/cpuinfo").read_text(encoding="utf-8")):

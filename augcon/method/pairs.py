@@ -1,6 +1,7 @@
 """Pairs for the scorer: a query of a tree, and a worse one for the same context (paper section 3.3)."""
 
-import random
+import hashlib
+import heapq
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -30,21 +31,19 @@ async def make_pairs(
     queries: Sequence[Query],
     negatives: int,
     rules: TreeRules,
-    seed: int,
     room: Callable[[], int],
 ) -> AsyncIterator[ScorerPair | str]:
-    """Pairs queries with worse ones, or says why a query makes no pair.
+    """Pairs queries, in a random order, with worse ones, or says why a query makes no pair.
 
-    Each kind of negative draws from its third of the queries, in random order, until it has ``negatives`` pairs.
+    Each kind of negative takes of its third of the queries until it has ``negatives`` pairs.
     """
 
     async def pair(drawn: tuple[str, Query]) -> ScorerPair | str:
         kind, query = drawn
         return await make_pair(ask, prompts_for(query.root), roots[query.root], rules, kind, query)
 
-    order = random.Random(seed).sample(queries, len(queries))
-    third = len(order) // len(NEGATIVES)
-    reserve = {kind: order[number * third : (number + 1) * third] for number, kind in enumerate(NEGATIVES)}
+    third = len(queries) // len(NEGATIVES)
+    reserve = {kind: queries[number * third : (number + 1) * third] for number, kind in enumerate(NEGATIVES)}
     lacking = dict.fromkeys(NEGATIVES, negatives)
     while batch := [(kind, query) for kind, number in lacking.items() for query in reserve[kind][:number]]:
         reserve = {kind: reserve[kind][number:] for kind, number in lacking.items()}
@@ -78,18 +77,35 @@ def balance(made: Mapping[str, Sequence[ScorerPair]]) -> list[ScorerPair]:
     return [pair for pairs in made.values() for pair in pairs[:most]]
 
 
-class Reservoir(Generic[Item]):
-    """A uniform random sample of a stream of unknown length, the same for the same stream and seed."""
+class Sample(Generic[Item]):
+    """A uniform random sample of items by their keys: the same in whatever order, and in how many parts, they come."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.offered = size, 0
-        self.kept: list[Item] = []
-        self._random = random.Random(seed)
+        self.size, self.seed, self.offered = size, seed, 0
+        self._drawn: list[tuple[int, int, Item]] = []  # a heap, the last one drawn on top
 
-    def offer(self, item: Item) -> None:
-        """Offers the next item of the stream."""
+    def offer(self, key: object, item: Item) -> bool:
+        """Offers an item, and says whether it is in the sample so far."""
         self.offered += 1
-        if len(self.kept) < self.size:
-            self.kept.append(item)
-        elif (place := self._random.randrange(self.offered)) < self.size:
-            self.kept[place] = item
+        drawn = hashlib.blake2b(f"{self.seed}:{key}".encode(), digest_size=8).digest()
+        return self._offer(int.from_bytes(drawn), item)
+
+    def __iadd__(self, other: "Sample[Item]") -> "Sample[Item]":
+        """The sample of what was offered to either."""
+        self.offered += other.offered
+        for drawn, _, item in other._drawn:
+            self._offer(-drawn, item)
+        return self
+
+    @property
+    def kept(self) -> list[Item]:
+        """The items in the order in which they were drawn, which is a random one."""
+        return [item for *_, item in sorted(self._drawn, key=lambda drawn: -drawn[0])]
+
+    def _offer(self, drawn: int, item: Item) -> bool:
+        if len(self._drawn) == self.size and (not self.size or drawn >= -self._drawn[0][0]):
+            return False
+        heapq.heappush(self._drawn, (-drawn, len(self._drawn), item))
+        if len(self._drawn) > self.size:
+            heapq.heappop(self._drawn)
+        return True

@@ -7,7 +7,7 @@ from rapidfuzz import process
 from rapidfuzz.distance import LCSseq
 
 from augcon.method.diversity import likeness, rouge_l_precision
-from augcon.report.rows import Scored
+from augcon.run.results import Scored
 from augcon.text.units import words
 
 _COMPARED = 20

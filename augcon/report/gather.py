@@ -17,12 +17,12 @@ from rapidfuzz.distance import LCSseq
 
 from augcon.errors import UserError
 from augcon.files import read_lines
-from augcon.method.pairs import Reservoir
+from augcon.method.pairs import Sample
 from augcon.report.alike import Alike, beside_kept
 from augcon.report.questions import KINDS, kind_of
-from augcon.report.rows import Answered, NodeRow, RootRows, Scored, each_root
+from augcon.report.rows import Answered, NodeRow, RootRows, each_root
 from augcon.run.cut import ArticleRow
-from augcon.run.results import STEP_1, Results
+from augcon.run.results import STEP_1, Results, Scored
 from augcon.text.units import language, length, units
 
 MOST_NODES = 300_000  # of a larger run, the trees of some root contexts are shown
@@ -108,8 +108,8 @@ class _Gathering:
         self.counts: Counter[str] = Counter()
         self.languages: Counter[str] = Counter()
         self.depths: Counter[int] = Counter()
-        self.losses: dict[tuple[str, str, str], Reservoir[dict[str, str]]] = {}
-        self.left_out: dict[str, Reservoir[tuple[Scored, list[Scored]]]] = {}
+        self.losses: dict[tuple[str, str, str], Sample[dict[str, str]]] = {}
+        self.left_out: dict[str, Sample[tuple[Scored, list[Scored]]]] = {}
         self.kept: list[Scored] = []
         self.scores = {"kept": array("d"), "left out": array("d")}
         self.pairs = Columns("root", "depth", "score", "length", "chinese", "kind", "context", "share")
@@ -169,15 +169,15 @@ class _Gathering:
             )
 
     def _lose(self, after: str, reason: str, detail: str, **example: str | None) -> None:
-        sample = self.losses.setdefault((after, reason, detail), Reservoir(_EXAMPLES, self.seed))
-        sample.offer({name: excerpt(text) for name, text in example.items() if text})
+        sample = self.losses.setdefault((after, reason, detail), Sample(_EXAMPLES, self.seed))
+        sample.offer(example["id"], {name: excerpt(text) for name, text in example.items() if text})
 
     def _note_alike(self, rows: RootRows) -> None:
         kept = [row for row in rows.scored.values() if row.fate == "kept"]
         self.kept += kept
         for row in rows.scored.values():
             if row.fate in ("alike", "alike elsewhere"):
-                self.left_out.setdefault(row.fate, Reservoir(_SIDE_BY_SIDE, self.seed)).offer((row, kept))
+                self.left_out.setdefault(row.fate, Sample(_SIDE_BY_SIDE, self.seed)).offer(row.id, (row, kept))
 
     def _add_article(self, rows: RootRows) -> None:
         number = rows.root.article if rows.root else None

@@ -11,7 +11,7 @@ from typing import Any
 from augcon.data import Pair, RootContext
 from augcon.errors import UserError
 from augcon.files import each_row, read_lines
-from augcon.run.results import STEP_1, STEP_2, STEP_3, Results
+from augcon.run.results import STEP_1, STEP_2, STEP_3, Results, Scored
 
 UNKNOWN = -1  # the root context of pairs whose origin no file tells
 Row = tuple[int, Any]  # the number of a root context, and a line about it
@@ -29,17 +29,6 @@ class NodeRow:
     detail: str
     tries: int
     doubt: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Scored:
-    """A line of scores.jsonl."""
-
-    id: str
-    root: int
-    question: str
-    score: float
-    fate: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

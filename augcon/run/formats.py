@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from augcon.method.pairs import Reservoir
+from augcon.method.pairs import Sample
 from augcon.run.rows import Row, Unreadable, read_rows
 from augcon.text.prompts import disarm, load_prompts
 from augcon.text.units import Language, clean
@@ -86,15 +86,15 @@ def read_mix(source: str, wanted: int, seed: int, form: Format) -> tuple[list[Co
     The rows hold ``messages``, ShareGPT's ``conversations``, Alpaca's ``instruction``, ``input`` and ``output``, or
     ``question`` and ``answer``. Raises UserError when the source cannot be read.
     """
-    sample, skipped = Reservoir[Conversation](wanted, seed), Counter[str]()
-    for row in read_rows(source, (), "train", "--mix", ""):
+    sample, skipped = Sample[Conversation](wanted, seed), Counter[str]()
+    for number, row in enumerate(read_rows(source, (), "train", "--mix", "")):
         read = read_row(row)
         if isinstance(read, str):
             skipped[read] += 1
         elif len(read.turns) > 2 and form in ("alpaca", "pairs"):
             skipped[f"more turns than {form} can hold"] += 1
         else:
-            sample.offer(read)
+            sample.offer(number, read)
     return sample.kept, skipped
 
 

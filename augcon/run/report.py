@@ -2,9 +2,10 @@
 
 import dataclasses
 import itertools
+import operator
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from augcon.data import Answer, ScorerPair
@@ -15,7 +16,6 @@ from augcon.method.pairs import NEGATIVES
 from augcon.method.questions import COPY, CUT
 from augcon.method.tree import Grown, coverage
 from augcon.run.prices import Prices
-from augcon.run.results import ShortRoot
 from augcon.text.units import language, length
 
 if TYPE_CHECKING:
@@ -33,18 +33,26 @@ def format_skipped(skipped: Counter[str]) -> str:
     return f", {skipped.total()} skipped ({format_counts(skipped)})" if skipped else ""
 
 
+@dataclasses.dataclass
 class TreeFigures:
-    """The figures of step 1's trees, added up root by root."""
+    """The figures of step 1's trees, added up root by root, and part by part.
 
-    def __init__(self) -> None:
-        self.sums: Counter[str] = Counter()
-        self.outcomes: Counter[str] = Counter()
-        self.lost: Counter[str] = Counter()
-        self.covered: list[tuple[int, list[float]]] = []  # of each tree, the length of its root and its coverage
-        self.short: list[ShortRoot] = []
+    ``trees`` is the length of the root contexts of all trees. Of that, asked leaves hold ``held`` by depth, of trees
+    cut off below it, and with parts too short to be asked ``held_with_short``. ``short`` counts the roots that are
+    short of their quota.
+    """
+
+    sums: Counter[str] = dataclasses.field(default_factory=Counter)
+    outcomes: Counter[str] = dataclasses.field(default_factory=Counter)
+    lost: Counter[str] = dataclasses.field(default_factory=Counter)
+    trees: int = 0
+    held: list[float] = dataclasses.field(default_factory=list)
+    held_with_short: float = 0
+    short: int = 0
 
     def add(self, grown: Grown) -> None:
         """Counts the trees of one root context."""
+        length = grown.root.length
         self.sums.update(roots=1, quota=grown.root.quota, diverse=grown.diverse)
         self.sums.update(passes=grown.passes, refills=grown.refills)
         for node in grown.nodes:
@@ -54,15 +62,32 @@ class TreeFigures:
             if node.query is None and node.detail and COPY not in node.detail:
                 self.lost[f"{node.outcome}: {node.detail}"] += 1
         for _, tree in itertools.groupby(grown.nodes, lambda node: node.pass_number):
-            self.covered.append((grown.root.length, coverage(grown.root, list(tree))))
-        if grown.shortfall:
-            self.short.append(ShortRoot(grown.root.root, grown.root.quota, grown.shortfall))
+            *held, with_short = coverage(grown.root, list(tree))
+            self._add_held([length * share for share in held])
+            self.held_with_short += length * with_short
+            self.trees += length
+        self.short += bool(grown.shortfall)
+
+    def __iadd__(self, other: "TreeFigures") -> "TreeFigures":
+        """Adds the figures of other root contexts."""
+        for mine, theirs in ((self.sums, other.sums), (self.outcomes, other.outcomes), (self.lost, other.lost)):
+            mine.update(theirs)
+        self._add_held(other.held)
+        self.held_with_short += other.held_with_short
+        self.trees += other.trees
+        self.short += other.short
+        return self
+
+    def _add_held(self, held: Sequence[float]) -> None:
+        """Adds up by depth. Where one has fewer depths, its deepest counts for all below."""
+        depths = max(len(self.held), len(held))
+        mine, theirs = ([*of, *[of[-1] if of else 0.0] * (depths - len(of))] for of in (self.held, held))
+        self.held = list(map(operator.add, mine, theirs))
 
     def table(self) -> dict[str, Any]:
         """The figures, for files."""
-        depths = max((len(of) for _, of in self.covered), default=1) - 1
-        covered = [round(self._covered(depth), 4) for depth in range(depths)]
-        lost = {"lost": dict(self.lost), "short_roots": len(self.short)}
+        covered = [round(held / self.trees, 4) for held in self.held]
+        lost = {"lost": dict(self.lost), "short_roots": self.short}
         return {**self.sums, "outcomes": dict(self.outcomes), **lost, "covered": covered}
 
     def print(self, short_roots: object = None) -> None:
@@ -76,7 +101,10 @@ class TreeFigures:
         )
         if self.lost:
             print(f"lost:    {format_counts(self.lost)}")
-        print(f"covered: {self._coverage()}")
+        print(
+            f"covered: {' '.join(f'{held / self.trees:.2f}' for held in self.held)} of the text by asked leaves, by "
+            f"depth from 0; with parts too short to be asked {self.held_with_short / self.trees:.2f}"
+        )
         share = f"{of['diverse'] / of['quota']:.2f} of the quota"
         print(
             f"queries: {of['queries']:,}, of which mutually diverse within their root {of['diverse']:,} ({share})"
@@ -84,18 +112,7 @@ class TreeFigures:
             + (f"; {of['copies']:,} copies of the question above left out" if of["copies"] else "")
         )
         rest = f"; the others are listed with the reason in {short_roots}" if self.short and short_roots else ""
-        print(f"roots:   {of['roots'] - len(self.short):,} of {of['roots']:,} have their quota{rest}")
-
-    def _covered(self, depth: int) -> float:
-        """The share of the corpus that asked leaves hold, of trees cut off below a depth; -1: with short parts."""
-        shares = ((length, of[min(depth, len(of) - 2)] if depth >= 0 else of[-1]) for length, of in self.covered)
-        return sum(length * share for length, share in shares) / sum(length for length, _ in self.covered)
-
-    def _coverage(self) -> str:
-        depths = max(len(of) for _, of in self.covered) - 1
-        words = " ".join(f"{self._covered(depth):.2f}" for depth in range(depths))
-        share = f"{self._covered(-1):.2f}"
-        return f"{words} of the text by asked leaves, by depth from 0; with parts too short to be asked {share}"
+        print(f"roots:   {of['roots'] - self.short:,} of {of['roots']:,} have their quota{rest}")
 
 
 def print_pairs(pairs: Sequence[ScorerPair], lost: Counter[str]) -> None:
@@ -127,22 +144,55 @@ def print_search(search: Search) -> None:
     )
 
 
-def print_answers(answers: Sequence[Answer], dropped_queries: object = None) -> None:
-    """Prints the figures of the answers and a pair in each language; ``dropped_queries`` lists those without one."""
-    kept = [answer for answer in answers if answer.text is not None]
-    dropped = Counter(answer.reason for answer in answers if answer.text is None)
-    again = sum(max(0, answer.tries - 1) for answer in answers)
-    print(
-        f"answers: {len(kept):,} of {len(answers):,} queries"
-        + (f"; asked again {again:,} times" if again else "")
-        + (f"; dropped: {format_counts(dropped)}" if dropped else "")
-        + (f", listed in {dropped_queries}" if dropped and dropped_queries else "")
-    )
-    if kept:
-        mean = statistics.fmean(length(answer.text or "") for answer in kept)
-        print(f"length:  {mean:.0f} words or characters on average")
-    for answer in {language(answer.query.text): answer for answer in reversed(kept)}.values():
-        print(f"pair:    {one_line(answer.query.text, 160)} → {one_line(answer.text, 160)}")
+@dataclasses.dataclass
+class AnswerFigures:
+    """The figures of step 3's answers, added up part by part; ``length`` is that of all kept, ``pairs`` the first one
+    in each language."""
+
+    queries: int = 0
+    kept: int = 0
+    again: int = 0
+    dropped: Counter[str] = dataclasses.field(default_factory=Counter)
+    length: int = 0
+    pairs: dict[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def of(cls, answers: Iterable[Answer]) -> "AnswerFigures":
+        """The figures of some answers."""
+        figures = cls()
+        for answer in answers:
+            figures.queries += 1
+            figures.again += max(0, answer.tries - 1)
+            if answer.text is None:
+                figures.dropped[answer.reason] += 1
+                continue
+            figures.kept += 1
+            figures.length += length(answer.text)
+            figures.pairs.setdefault(language(answer.query.text), (answer.query.text, answer.text))
+        return figures
+
+    def __iadd__(self, other: "AnswerFigures") -> "AnswerFigures":
+        """Adds the figures of other answers, which come later."""
+        self.queries += other.queries
+        self.kept += other.kept
+        self.again += other.again
+        self.dropped.update(other.dropped)
+        self.length += other.length
+        self.pairs = {**other.pairs, **self.pairs}
+        return self
+
+    def print(self, dropped_queries: object = None) -> None:
+        """Prints them, and a pair in each language; ``dropped_queries`` lists the queries without an answer."""
+        print(
+            f"answers: {self.kept:,} of {self.queries:,} queries"
+            + (f"; asked again {self.again:,} times" if self.again else "")
+            + (f"; dropped: {format_counts(self.dropped)}" if self.dropped else "")
+            + (f", listed in {dropped_queries}" if self.dropped and dropped_queries else "")
+        )
+        if self.kept:
+            print(f"length:  {self.length / self.kept:.0f} words or characters on average")
+        for question, answer in self.pairs.values():
+            print(f"pair:    {one_line(question, 160)} → {one_line(answer, 160)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +236,17 @@ class CallFigures:
             retries={kind[9:]: number for kind, number in counts.items() if kind.startswith("retries: ")},
             cost=prices.of(prompt, cached, written) if prices else None,
             pace=llm.pace.samples,
+        )
+
+    def beside(self, others: Sequence["CallFigures"]) -> "CallFigures":
+        """With what others asked meanwhile, whose pace is left out."""
+        every = [self, *others]
+        counts = [name for name, value in vars(self).items() if isinstance(value, int)]
+        return dataclasses.replace(
+            self,
+            **{name: sum(getattr(of, name) for of in every) for name in counts},
+            retries=dict(sum((Counter(of.retries) for of in every), Counter[str]())),
+            cost=None if self.cost is None else sum(of.cost or 0 for of in every),
         )
 
     def print(self) -> None:

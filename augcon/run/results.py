@@ -9,12 +9,13 @@ import json
 import os
 import socket
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from augcon.data import Node, Query, RootContext, ScorerPair
@@ -27,6 +28,7 @@ from augcon.files import (
     read_entries,
     read_json,
     read_lines,
+    reading,
     write_dataset,
     write_json,
     write_lines,
@@ -36,6 +38,8 @@ from augcon.run.record import Record
 if TYPE_CHECKING:
     from augcon.run.report import CallFigures
 
+Entry = tuple[int, list[tuple[str, str]]]  # of queries.json: a root context, and the context and text of each query
+Shape = TypeVar("Shape")
 Ids = defaultdict[tuple[str, str | None], list[str]]  # by context and query; of some nodes both are the same
 STEP_1, STEP_2, STEP_3 = "step1_gen_q.py", "step2_scorer.py", "step3_gen_a.py"
 
@@ -47,6 +51,17 @@ class _NodeRow:
     id: Annotated[str, Field(pattern="^[0-9]{1,9}:")]
     context: str
     query: str | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Scored:
+    """A line of ``scores.jsonl``."""
+
+    id: str
+    root: int
+    question: str
+    score: float
+    fate: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,12 +92,18 @@ class Figures(TypedDict, total=False):
     asked: list[Asked]
 
 
+def read_entry_by_entry(path: Path, made_by: str) -> Iterator[Entry]:
+    """What ``queries.json`` or ``filtered_queries.json`` holds; memory for one root context."""
+    return read_entries(path, tuple[int, list[tuple[str, str]]], made_by)
+
+
 class Results:
     """One results folder, used by one run at a time."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.record = Record(self.folder)
+        self.shards = self.folder / "shards"  # parts for the nodes of a cluster, each a results folder
         self.store = self.folder / "replies.sqlite"
         self.contexts = self.folder / "contexts.jsonl"
         self.articles = self.folder / "articles.jsonl"  # what is known of each article
@@ -94,6 +115,7 @@ class Results:
         self.refills = self.folder / "refills.json"  # the roots that step 2 sends back to step 1, round by round
         self.scorer = self.folder / "scorer"
         self.scorer_checkpoints = self.folder / "scorer_checkpoints"
+        self.sample = self.folder / "sample.jsonl"  # of a shard: queries from which the scorer's pairs may be made
         self.scores = self.folder / "scores.jsonl"
         self.scores_parts = self.folder / "scores_parts"  # scores as they come, a folder for each scorer
         self.filtered_queries = self.folder / "filtered_queries.json"
@@ -129,8 +151,11 @@ class Results:
         return [path for name in list(chain)[list(chain).index(stage) :] for path in chain[name]]
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Makes the folder and keeps other runs out of it. Raises UserError when that cannot be done."""
+    def held(self, patience: float = 0) -> Iterator[None]:
+        """Makes the folder and keeps other runs out of it. Raises UserError when that cannot be done.
+
+        ``patience``: seconds for a run that is there to end.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("a+", encoding="utf-8", errors="replace")
@@ -138,7 +163,7 @@ class Results:
             raise UserError(f"cannot write to the results folder {self.folder}: {one_line(error)}") from error
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock, patience)
             except BlockingIOError as error:
                 lock.seek(0)
                 other = one_line(lock.read(200).strip() or "unknown", 100)
@@ -167,6 +192,11 @@ class Results:
     def read_figures(self) -> dict[str, Figures]:
         """The figures by step; none where there is no such file."""
         return read_json(self.figures, dict[str, Figures], "bash augcon.sh") if self.figures.exists() else {}
+
+    def figures_of(self, stage: str, shape: type[Shape]) -> Shape:
+        """What a shard has kept of a stage in its figures, as ``shape``. Raises UserError where it is not there."""
+        with reading(self.figures, "bash augcon.sh"):
+            return TypeAdapter(shape).validate_python(self.read_figures()[stage].get("of"))
 
     def read_short_roots(self) -> list[ShortRoot]:
         """The root contexts that are short of their quota; none where no step has listed any."""
@@ -201,7 +231,7 @@ class Results:
                     ids[node.context, node.query].append(node.id)
             return passed.pop(root)
 
-        for root, pairs in read_entries(path, tuple[int, list[tuple[str, str]]], made_by):
+        for root, pairs in read_entry_by_entry(path, made_by):
             ids, queries = ids_of(root), []
             for context, text in pairs:
                 known = ids[context, text]
@@ -211,7 +241,7 @@ class Results:
 
     def count_queries(self) -> dict[int, int]:
         """The number of queries in ``queries.json`` by root context; memory for one."""
-        entries = read_entries(self.queries, tuple[int, list[tuple[str, str]]], STEP_1)
+        entries = read_entry_by_entry(self.queries, STEP_1)
         return {root: len(pairs) for root, pairs in entries}
 
     @contextlib.contextmanager
@@ -229,6 +259,12 @@ class Results:
             yield write
             file.write("\n}\n" if before == ",\n" else "{}\n")
 
+    def write_entries(self, path: Path, entries: Iterable[Entry]) -> None:
+        """Writes (context, query) root by root, as they were read."""
+        with self.writing_queries(path) as write:
+            for root, pairs in entries:
+                write(root, (Query("", root, context, text) for context, text in pairs))
+
     @contextlib.contextmanager
     def writing_trees(self) -> Iterator[Callable[[int, Iterable[Node]], None]]:
         """Writes ``nodes.jsonl`` and ``queries.json`` together, root by root, through the function given."""
@@ -242,12 +278,22 @@ class Results:
 
     def write_pairs(self, pairs: Sequence[ScorerPair]) -> None:
         """Writes ``scorer_pairs``."""
-        names = [field.name for field in dataclasses.fields(ScorerPair)]
-        write_dataset(self.scorer_pairs, {name: [getattr(pair, name) for pair in pairs] for name in names})
+        write_dataset(self.scorer_pairs, map(dataclasses.asdict, pairs))
 
     def read_pairs(self) -> list[ScorerPair]:
         """The pairs of ``scorer_pairs``; none where there is no such dataset."""
         return read_dataset(self.scorer_pairs, ScorerPair, STEP_1) if self.scorer_pairs.exists() else []
+
+
+def _lock(file: IO[str], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.2)
 
 
 def _node_row(node: Node) -> dict[str, object]:
