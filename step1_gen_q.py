@@ -14,6 +14,7 @@ import itertools
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from augcon.cluster import on_nodes
@@ -137,7 +138,7 @@ def new_sample(settings: Settings) -> Sample[Query]:
 
 
 async def grow_trees(
-    settings: Settings, results: Results, llm: "LLM", roots: list[RootContext], refills: Counter[int]
+    settings: Settings, results: Results, llm: "LLM", roots: Sequence[RootContext], refills: Counter[int]
 ) -> tuple[TreeFigures, Sample[Query]]:
     """Grows the trees of every root context and writes them; returns a random sample of their good queries, too.
 
@@ -178,7 +179,7 @@ async def grow_trees(
 
 
 async def make_pairs(
-    settings: Settings, results: Results, llm: "LLM", roots: list[RootContext], sample: list[Query]
+    settings: Settings, results: Results, llm: "LLM", roots: Sequence[RootContext], sample: list[Query]
 ) -> int:
     """Makes the scorer's pairs, as many of each kind where that is possible, and writes them; returns their number."""
     made: dict[str, list[ScorerPair]] = {kind: [] for kind in pairs.NEGATIVES}

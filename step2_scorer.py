@@ -13,6 +13,7 @@ import math
 import shutil
 from array import array
 from collections import Counter
+from collections.abc import Sequence
 
 from augcon.data import RootContext, ScorerPair
 from augcon.errors import UserError, stage
@@ -72,7 +73,7 @@ def main() -> None:
         on_main(lambda: choose(settings, results, roots, kept.read() if kept else {}))
 
 
-def read_step_1(results: Results) -> tuple[list[RootContext], list[ScorerPair]]:
+def read_step_1(results: Results) -> tuple[Sequence[RootContext], list[ScorerPair]]:
     """What step 1 has made. Raises UserError where something is missing or does not belong together."""
     roots, pairs = results.read_contexts(), results.read_pairs()
     if is_main():
@@ -90,7 +91,7 @@ def read_step_1(results: Results) -> tuple[list[RootContext], list[ScorerPair]]:
 
 
 def train_and_score(
-    settings: Settings, results: Results, roots: list[RootContext], pairs: list[ScorerPair]
+    settings: Settings, results: Results, roots: Sequence[RootContext], pairs: list[ScorerPair]
 ) -> KeptScores:
     """The scores of all queries, from the scorer that is there or a new one."""
     from augcon.hub import model_folder
@@ -186,7 +187,7 @@ def print_accuracy(facts: ScorerFacts) -> None:
         )
 
 
-def choose(settings: Settings, results: Results, roots: list[RootContext], scores: dict[str, float]) -> None:
+def choose(settings: Settings, results: Results, roots: Sequence[RootContext], scores: dict[str, float]) -> None:
     """Ranks and filters the queries of every root context, writes the outcome and orders refills."""
     results.record.begin("step 2", settings.inputs("step 2"), results.made("step 2"), settings.redo)
     candidates = []
@@ -217,7 +218,7 @@ def choose(settings: Settings, results: Results, roots: list[RootContext], score
     print(f"made:    {results.filtered_queries}, {results.scores}")
 
 
-def order_refills(settings: Settings, results: Results, roots: list[RootContext], short: list[Short]) -> None:
+def order_refills(settings: Settings, results: Results, roots: Sequence[RootContext], short: list[Short]) -> None:
     """Sends root contexts short of their quota back to step 1, where that pays and has not been done too often."""
     rounds = read_json(results.refills, list[list[int]], STEP_2) if results.refills.exists() else []
     grown = (results.record.finished("step 1") or {}).get("refills", 0)

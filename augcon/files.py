@@ -1,15 +1,18 @@
 """Files and folders that take their name only when they are whole; reading them by their shape; digests."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import re
 import shutil
+import tempfile
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, overload
 
 from pydantic import TypeAdapter
 
@@ -201,6 +204,67 @@ def read_lines(path: Path, shape: type[Shape], made_by: str) -> Iterator[Shape]:
             yield read(line)
 
 
+class Lines(Sequence[Shape]):
+    """The rows of a JSON Lines file as ``shape``, each read when it is asked for: memory for eight bytes of a row.
+
+    They stay as they were found, also if the file is replaced. Raises as ``read_json``.
+    """
+
+    def __init__(self, path: Path, shape: type[Shape], made_by: str) -> None:
+        self._path, self._made_by, self._read = path, made_by, TypeAdapter(shape).validate_json
+        with reading(path, made_by):
+            self._file: IO[bytes] = path.open("rb")
+            self._starts = array("Q", itertools.accumulate(map(len, self._file), initial=0))
+
+    def write(self, path: Path) -> None:
+        """Writes them to a file of their own."""
+        with new_file(path) as file:
+            file.writelines(self._line(number).decode("utf-8", "replace") for number in range(len(self)))
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    @overload
+    def __getitem__(self, place: int) -> Shape: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[Shape]: ...
+    def __getitem__(self, place: int | slice) -> Shape | list[Shape]:
+        if isinstance(place, slice):
+            return [self[each] for each in range(*place.indices(len(self)))]
+        number = range(len(self))[place]
+        with reading(self._path, self._made_by, lambda: f", line {number + 1}"):
+            return self._read(self._line(number))
+
+    def _line(self, number: int) -> bytes:
+        start, end = self._starts[number], self._starts[number + 1]
+        return os.pread(self._file.fileno(), end - start, start)
+
+
+class NewLines(Lines[Shape]):
+    """Rows that are added one by one, in a file without a name in a folder, or where such files usually are."""
+
+    def __init__(self, shape: type[Shape], folder: Path | None) -> None:
+        self._path, self._made_by = folder or Path(tempfile.gettempdir()), "bash augcon.sh"
+        self._read, self._starts = TypeAdapter(shape).validate_json, array("Q", [0])
+        with self._telling():
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - open while its rows are read
+
+    def append(self, row: Any) -> None:
+        """Adds a row, a dataclass. Raises UserError when the disk is full."""
+        line = json_line(dataclasses.asdict(row)).encode("utf-8", "replace")
+        with self._telling():
+            self._file.write(line)
+            self._file.flush()  # it is read by its descriptor
+        self._starts.append(self._starts[-1] + len(line))
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"cannot write to {self._path}: {one_line(error)}") from error
+
+
 def read_dataset(path: Path, shape: type[Shape], made_by: str) -> list[Shape]:
     """The rows of a saved dataset as ``shape``; raises as ``read_json``."""
     return list(each_row(path, shape, made_by))
@@ -233,6 +297,16 @@ def digest(*parts: object) -> str:
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode())
+    return whole.hexdigest()[:16]
+
+
+def digest_of_all(rows: Iterable[object]) -> str:
+    """The ``digest`` of a list of these rows; memory for one."""
+    whole, before = hashlib.sha256(b"["), ""
+    for row in rows:
+        whole.update((before + json.dumps(row, sort_keys=True)).encode())
+        before = ", "
+    whole.update(b"]")
     return whole.hexdigest()[:16]
 
 

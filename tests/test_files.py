@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from augcon import files
-from augcon.data import Node, Query
+from augcon.data import Node, Pair, Query
 from augcon.errors import UserError
-from augcon.files import file_digest, new_folder, read_entries
+from augcon.files import Lines, NewLines, file_digest, new_folder, read_entries
 from augcon.run.results import Results
 
 PAIRS = st.lists(st.tuples(st.text(max_size=6), st.text(st.sampled_from('a"\\{}[],: \n黄😀'), max_size=8)), max_size=3)
@@ -167,10 +167,44 @@ def test_a_result_of_another_shape_is_one_line_with_its_place_and_what_makes_it(
 
     def read_all() -> None:
         list(results.each_root(results.queries))
-        results.read_contexts()
+        list(results.read_contexts())
         results.record.stages()
         results.keep_figures("step 1", same=True)
 
     with pytest.raises(UserError, match=rf"{name}.*{said}") as caught:
         read_all()
     assert "\n" not in str(caught.value)
+
+
+PAIRS = st.lists(st.builds(Pair, st.text(), st.text()), max_size=9)
+
+
+@given(pairs=PAIRS, places=st.lists(st.integers(-12, 12), max_size=5))
+def test_lines_are_the_rows_in_memory(pairs: list[Pair], places: list[int], tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("lines")
+    new = NewLines(Pair, folder)
+    for number, pair in enumerate(pairs):
+        new.append(pair)
+        assert new[number] == pair
+    new.write(folder / "p.jsonl")
+    lines = Lines(folder / "p.jsonl", Pair, "x")
+    (folder / "p.jsonl").unlink()  # those that were found stay
+    for rows in (new, lines):
+        assert list(rows) == pairs and len(rows) == len(pairs) and rows[-3:2] == pairs[-3:2]
+        for place in places:
+            if -len(pairs) <= place < len(pairs):
+                assert rows[place] == pairs[place]
+            else:
+                with pytest.raises(IndexError):
+                    rows[place]
+    assert [path.name for path in folder.iterdir()] == []
+
+
+def test_rows_for_which_there_is_no_room_are_told_in_a_line(tmp_path: Path):
+    lines = NewLines(Pair, tmp_path)
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        lines._file = full
+        with pytest.raises(UserError, match=f"cannot write to {tmp_path}: .*No space left"):
+            lines.append(Pair("q", "a"))
+    with pytest.raises(UserError, match=r"cannot write to .*nowhere"):
+        NewLines(Pair, tmp_path / "nowhere")

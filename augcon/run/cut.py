@@ -2,13 +2,13 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from augcon.data import Article, RootContext
 from augcon.errors import UserError
-from augcon.files import digest, file_digest, read_lines, write_lines
+from augcon.files import Lines, NewLines, digest, file_digest, write_lines
 from augcon.method.contexts import split_corpus
 from augcon.progress import bar
 from augcon.run.corpus import Corpus, Skipped
@@ -90,9 +90,9 @@ class Cut:
     ``cut_from`` is as it was before the corpus was read.
     """
 
-    roots: list[RootContext]
-    articles: list[ArticleRow]
-    skipped: list[Skipped]
+    roots: Lines[RootContext]
+    articles: Lines[ArticleRow]
+    skipped: Sequence[Skipped]
     left_out: dict[str, int]  # lines, by what they are
     cut_from: Inputs
 
@@ -113,9 +113,9 @@ class Cut:
 
     def write(self, results: Results) -> None:
         """Writes ``contexts.jsonl``, ``articles.jsonl`` and ``skipped.jsonl``."""
-        write_lines(results.articles, map(dataclasses.asdict, self.articles))
+        self.articles.write(results.articles)
         write_lines(results.skipped, map(dataclasses.asdict, self.skipped))
-        write_lines(results.contexts, map(dataclasses.asdict, self.roots))
+        self.roots.write(results.contexts)
 
     def keep(self, results: Results) -> None:
         """Leaves it for the next ``read_corpus``."""
@@ -132,11 +132,12 @@ def read_corpus(rules: CorpusRules, results: Results | None = None) -> Cut:
     """
     cut_from = rules.cut_from()
     if results and (facts := _already_cut(results, cut_from)):
-        articles = list(read_lines(results.articles, ArticleRow, STEP_1))
-        skipped = list(read_lines(results.skipped, Skipped, STEP_1))
-        return Cut(results.read_contexts(), articles, skipped, facts["left_out"], cut_from)
+        roots = Lines(results.contexts, RootContext, STEP_1)
+        articles = Lines(results.articles, ArticleRow, STEP_1)
+        return Cut(roots, articles, Lines(results.skipped, Skipped, STEP_1), facts["left_out"], cut_from)
     corpus = Corpus(rules.sources, rules.text_field, rules.title_field, rules.limit, rules.alike_articles)
-    known: list[ArticleRow] = []
+    folder = results.folder if results and results.folder.is_dir() else None
+    known, roots = NewLines(ArticleRow, folder), NewLines(RootContext, folder)
 
     def articles_with_progress() -> Iterator[Article]:
         with bar(None, "reading", "articles", delay=_SOON) as progress:
@@ -145,7 +146,8 @@ def read_corpus(rules: CorpusRules, results: Results | None = None) -> Cut:
                 yield article
                 progress.update()
 
-    roots = list(split_corpus(articles_with_progress(), rules.max_length, rules.quota_unit))
+    for root in split_corpus(articles_with_progress(), rules.max_length, rules.quota_unit):
+        roots.append(root)
     if not roots:
         reasons = format_skipped(Counter(each.reason for each in corpus.skipped))
         raise UserError(f"corpus {rules.corpus!r} has no article with text{reasons}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from augcon.data import Example, Query, RootContext
 from augcon.errors import UserError
-from augcon.files import digest
+from augcon.files import digest, digest_of_all
 from augcon.run.record import Inputs
 from augcon.run.rows import read_all
 from augcon.text.prompts import Prompts, load_prompts
@@ -54,7 +54,7 @@ def tree_inputs(settings: Inputs, roots: Sequence[RootContext], chosen: Literal[
     prompts = {
         f"content of the prompts ({of})": load_prompts(of).tree_digest(settings["split"]) for of in sorted(languages)
     }
-    corpus = digest([dataclasses.astuple(root) for root in roots])
+    corpus = digest_of_all(map(dataclasses.astuple, roots))
     return {**settings, **prompts, "content of the corpus as cut": corpus}
 
 

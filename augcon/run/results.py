@@ -21,6 +21,7 @@ from typing_extensions import TypedDict
 from augcon.data import Node, Query, RootContext, ScorerPair
 from augcon.errors import UserError, one_line
 from augcon.files import (
+    Lines,
     digest,
     json_line,
     new_file,
@@ -208,9 +209,9 @@ class Results:
         one_each = {row.root: row for row in sorted(all_rows, key=lambda row: (row.root, not row.filtered))}
         write_lines(self.short_roots, map(dataclasses.asdict, one_each.values()))
 
-    def read_contexts(self) -> list[RootContext]:
+    def read_contexts(self) -> Sequence[RootContext]:
         """The root contexts, as step 1 wrote them."""
-        return list(read_lines(self.contexts, RootContext, STEP_1))
+        return Lines(self.contexts, RootContext, STEP_1)
 
     def each_root(self, path: Path) -> Iterator[tuple[int, list[Query]]]:
         """The queries of ``queries.json`` or ``filtered_queries.json`` with their ids, root by root; memory for one.

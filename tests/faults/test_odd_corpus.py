@@ -129,7 +129,7 @@ def bomb(path: Path, name: str, mebibytes: int) -> None:
 
 def test_a_file_that_swells_when_unpacked_is_skipped_before_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(corpus, "LARGEST", 1 << 20)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))  # nothing is unpacked
+    monkeypatch.setattr("tempfile.TemporaryDirectory", lambda: pytest.fail("something is unpacked"))
     folder = tmp_path / "corpus"
     folder.mkdir()
     (folder / "a.txt").write_text(TEXT)
